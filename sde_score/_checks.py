@@ -1,0 +1,163 @@
+"""The public boundary's argument checks: each message names the argument, its value, the rule and
+the fix.
+
+Shapes, types and counts are checked always; values only where they are concrete, never inside a
+trace.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from sde_score._typing import SDE, Scalar
+
+
+class ArgumentError(ValueError):
+    """A wrong argument, found by this library."""
+
+
+def is_concrete(*values: Any) -> bool:
+    """Whether every array in `values` holds numbers now, rather than standing for them."""
+    return not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(values))
+
+
+def check_key(key: Any, name: str = "key") -> None:
+    """`key` is one typed key."""
+    dtype = getattr(key, "dtype", None)
+    if dtype is None or not jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        raise ArgumentError(
+            f"`{name}` must be a typed key; got {describe(key)}. Make one with "
+            "jax.random.key(seed), "
+            "or wrap a raw one with jax.random.wrap_key_data."
+        )
+    if key.shape:
+        raise ArgumentError(
+            f"`{name}` must be one key; got an array of keys of shape {key.shape}. "
+            "For several examples, jax.vmap over the keys."
+        )
+
+
+def check_floating(name: str, x: Any) -> None:
+    """`x` is an array of floating-point numbers."""
+    dtype = jnp.result_type(x)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ArgumentError(
+            f"`{name}` must be floating point; got {dtype}. Densities need continuous data: "
+            "dequantise integers first, see sde_score.uniform_dequantize."
+        )
+
+
+def check_data(name: str, x: Any) -> None:
+    """Every leaf of `x` is a floating-point array, not empty and (where its values are known)
+    finite.
+    """
+    for leaf in jax.tree.leaves(x):
+        check_floating(name, leaf)
+        if jnp.size(leaf) == 0:
+            raise ArgumentError(f"`{name}` must not be empty; got shape {jnp.shape(leaf)}.")
+        if is_concrete(leaf) and not bool(jnp.all(jnp.isfinite(leaf))):
+            bad = int(jnp.sum(~jnp.isfinite(leaf)))
+            raise ArgumentError(
+                f"`{name}` must be finite; {bad} of its {jnp.size(leaf)} values are nan or "
+                "infinite. "
+                "Clean the data first."
+            )
+
+
+def check_shape(name: str, got: Any, want: Any, fix: str) -> None:
+    """Two shapes are equal."""
+    if tuple(got) != tuple(want):
+        raise ArgumentError(f"`{name}` must have shape {tuple(want)}; got {tuple(got)}. {fix}")
+
+
+def check_count(name: str, value: Any, minimum: int = 1) -> None:
+    """`value` is a whole number of at least `minimum`, known when tracing."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < minimum:
+        raise ArgumentError(
+            f"`{name}` must be a Python integer of at least {minimum}; got {describe(value)}."
+        )
+
+
+def check_positive(name: str, value: Any, *, zero: bool = False) -> None:
+    """`value` is finite and above 0 (or at least 0), where it is concrete."""
+    if value is None or not is_concrete(value):
+        return
+    number = np.asarray(value)
+    if not (np.all(np.isfinite(number)) and np.all(number >= 0 if zero else number > 0)):
+        rule = "at least 0" if zero else "above 0"
+        raise ArgumentError(f"`{name}` must be finite and {rule}; got {describe(value)}.")
+
+
+def check_time(name: str, t: Any, sde: SDE) -> None:
+    """`t` lies in [t0, t1], up to float32 rounding, where both are concrete."""
+    if not is_concrete(t, sde.t0, sde.t1):
+        return
+    slack = 1e-6 * (abs(sde.t0) + abs(sde.t1) * 1e-6)
+    times = np.asarray(t)
+    if not (np.all(times >= sde.t0 - slack) and np.all(times <= sde.t1 * (1 + 1e-6))):
+        raise ArgumentError(
+            f"`{name}` must lie in [t0, t1] = [{sde.t0}, {sde.t1}] of {type(sde).__name__}; got "
+            f"{describe(t)}. "
+            "To go nearer to the data, lower t0 with dataclasses.replace(sde, t0=...)."
+        )
+
+
+def check_grid(ts: Any, sde: SDE) -> None:
+    """`ts` is a decreasing time grid of at least two points inside [t0, t1]."""
+    if jnp.ndim(ts) != 1 or jnp.size(ts) < 2:
+        raise ArgumentError(
+            "`ts` must be a one-dimensional grid of at least two times; got shape "
+            f"{jnp.shape(ts)}. "
+            "Make one with uniform_grid(sde, num_steps)."
+        )
+    if is_concrete(ts) and not np.all(np.asarray(ts)[1:] < np.asarray(ts)[:-1]):
+        raise ArgumentError(
+            f"`ts` must decrease, from t1 towards t0; got {describe(ts)}. Reverse or sort the "
+            "grid."
+        )
+    check_time("ts", ts, sde)
+
+
+def call(fn: Callable, x: jax.Array, *args: Any, name: str = "score_fn") -> jax.Array:
+    """`fn(x, *args)`, which must return an array of the shape of `x`."""
+    fix = (
+        f"`{name}` takes one example, x of shape {x.shape}, and a scalar t: "
+        "wrap a batched network with `lambda x, t: net(x[None], t[None])[0]`, and jax.vmap over a "
+        "batch."
+    )
+    try:
+        out = fn(x, *args)
+    except ArgumentError:
+        raise
+    except (TypeError, IndexError, ValueError) as error:
+        raise ArgumentError(f"`{name}` failed on one example: {error}\n{fix}") from error
+    if jnp.shape(out) != x.shape:
+        raise ArgumentError(
+            f"`{name}` must return the shape of `x`; got {jnp.shape(out)} for x of shape "
+            f"{x.shape}. {fix}"
+        )
+    return out
+
+
+def check_scalar(name: str, value: Any, source: str) -> Scalar:
+    """`value` is a scalar; returned for use in an expression."""
+    if jnp.shape(value) != ():
+        raise ArgumentError(
+            f"`{name}` must return a scalar; got shape {jnp.shape(value)} from {source}."
+        )
+    return value
+
+
+def describe(value: Any) -> str:
+    """A short form of any value for an error message."""
+    shape = getattr(value, "shape", None)
+    if shape is None or shape == ():
+        return f"{value!r}" if isinstance(value, int | float | str) else f"{value}"
+    head = f"{value.dtype}[{','.join(map(str, shape))}]"
+    if not is_concrete(value) or not np.issubdtype(value.dtype, np.number):
+        return head
+    return f"{head} from {np.min(value):.6g} to {np.max(value):.6g}"

@@ -1,0 +1,59 @@
+"""The vocabulary of the library, said once."""
+
+from collections.abc import Callable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
+
+import jax
+import jaxtyping
+from jax.tree_util import Partial
+from jaxtyping import Array, Float, Shaped
+
+Key: TypeAlias = jaxtyping.Key[Array, ""]
+Scalar: TypeAlias = Any  # Float[Array, ""] or a Python number: what jnp takes for a scalar
+Params: TypeAlias = Any  # any pytree of arrays: the library never looks inside
+
+ScoreFn: TypeAlias = Callable[..., Float[Array, "*event"]]
+"""`(x: [*event], t: []) -> [*event]`, on one example; a loss with `context` passes a third
+argument.
+"""
+
+
+@runtime_checkable
+class SDE(Protocol):
+    """Linear SDE dx = f(x, t) dt + g(t) dw on [t0, t1] with p(x_t | x_0) = N(alpha(t) x_0,
+    sigma(t)² I).
+
+    Write your own as a frozen dataclass registered with `jax.tree_util.register_dataclass`. It
+    must satisfy f/x = d log alpha/dt and g² = d sigma²/dt − 2 (d log alpha/dt) sigma²; its prior
+    is N(0, sigma(t1)² I).
+    """
+
+    @property
+    def t0(self) -> Any: ...  # a Python number, or a tracer when the SDE travels through jit
+
+    @property
+    def t1(self) -> Any: ...
+
+    def alpha(self, t: Scalar) -> Scalar: ...
+
+    def sigma(self, t: Scalar) -> Scalar: ...
+
+    def drift(self, x: Float[Array, "*event"], t: Scalar) -> Float[Array, "*event"]: ...
+
+    def diffusion(self, t: Scalar) -> Scalar: ...
+
+
+Step: TypeAlias = Callable[[Key, ScoreFn, SDE, Shaped[Array, "*event"], Scalar, Scalar], Array]
+"""`(key, score_fn, sde, x_t, t, s) -> x_s` with s < t: one step of a sampler."""
+
+
+def travelling(fn: Any) -> Any:
+    """`fn` as a pytree, so that it passes through `jit` as an argument; what already is one stays
+    as it is.
+    """
+    return Partial(fn) if callable(fn) and jax.tree_util.all_leaves([fn]) else fn
+
+
+def bind(fn: Callable, *args: Any) -> Partial:
+    """`fn` with its first arguments bound, as a pytree: new arrays in `args` never recompile."""
+    return Partial(fn, *(travelling(arg) for arg in args))

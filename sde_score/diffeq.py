@@ -1,0 +1,270 @@
+"""The one room that talks to diffrax: ODEs, ODEs with a log-density alongside, and the reverse
+SDE.
+
+Vector fields are module-level functions whose parameters travel in `args`, so new parameters never
+recompile a solve. The reverse SDE is solved forwards in τ = −t: diffrax's stochastic Runge–Kutta
+family needs increasing time, and τ keeps the floating-point resolution of t near the data. Its
+noise is additive, so the Itô and the Stratonovich solutions agree.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import lineax
+import numpy as np
+from jaxtyping import Array, Float
+
+from sde_score import _checks
+from sde_score._typing import SDE, Key, Scalar, ScoreFn, bind
+from sde_score.divergence import divergence, hutchinson_divergence
+from sde_score.sde import reverse_drift
+
+Field = Callable[[Scalar, Any, Any], Any]  # (t, x, args) -> dx/dt
+_FIRST_STEP_EVALS = (
+    2  # diffrax's choice of the first step (Hairer, Nørsett & Wanner, sec. II.4) asks for two
+)
+
+
+class Solution(NamedTuple):
+    """Where a solve ended, the states at the times of `saveat` (or None), and the number of
+    network evaluations.
+    """
+
+    x: Any
+    trajectory: Any
+    num_evals: Array
+
+
+class Control(NamedTuple):
+    """How a solve advances: on the grid `ts` if given, else adaptively to `rtol` and `atol` within
+    `max_steps`.
+    """
+
+    ts: Array | None = None
+    rtol: Scalar = 1e-5
+    atol: Scalar = 1e-5
+    max_steps: int = 4096
+
+
+def solve_ode(
+    field: Field,
+    x: Any,
+    args: Any,
+    start: Scalar,
+    stop: Scalar,
+    *,
+    solver: diffrax.AbstractSolver,
+    control: Control,
+    saveat: Array | None = None,
+    adjoint: diffrax.AbstractAdjoint | None = None,
+) -> Solution:
+    """Integrate dx/dt = field(t, x, args) from `start` to `stop`, in either direction."""
+    structure = solver.term_structure
+    if not (isinstance(structure, type) and not issubclass(structure, diffrax.MultiTerm)):
+        raise _checks.ArgumentError(
+            f"`solver` must solve ODEs; got {_name(solver)}, which needs noise. Use "
+            "diffrax.Dopri5() or Tsit5()."
+        )
+    return _solve(diffrax.ODETerm(field), solver, x, args, start, stop, control, saveat, adjoint)
+
+
+def solve_ode_with_log_density(
+    field: Field,
+    x: Float[Array, "*event"],
+    args: Any,
+    probes: Array | None,
+    start: Scalar,
+    stop: Scalar,
+    **options: Any,
+) -> tuple[Solution, Float[Array, " k"]]:
+    """`solve_ode` and the integral of div field along the path: one for each probe, or the exact
+    one if probes is None.
+
+    d log p(x(t))/dt = −div field (Chen et al. 2018, thm 1). All estimates share the path and the
+    step sizes.
+    """
+    change = jnp.zeros(1 if probes is None else probes.shape[0], x.dtype)
+    augmented = bind(_with_divergence, field)
+    solution = solve_ode(augmented, (x, change), (args, probes), start, stop, **options)
+    return solution._replace(x=solution.x[0]), solution.x[1]
+
+
+def _with_divergence(
+    field: Field, t: Scalar, state: tuple[Array, Array], args: Any
+) -> tuple[Array, Array]:
+    (x, _), (args, probes) = state, args
+    if probes is None:
+        value, trace = divergence(lambda x: field(t, x, args), x)
+        return value, trace[None]
+    return hutchinson_divergence(lambda x: field(t, x, args), x, probes)
+
+
+def flow_field(
+    t: Scalar, x: Float[Array, "*event"], args: tuple[ScoreFn, SDE]
+) -> Float[Array, "*event"]:
+    """The probability-flow ODE's f − ½ g² s, with args = (score_fn, sde)."""
+    return reverse_drift(*args, x, t, churn=0.0)
+
+
+def solve_reverse_sde(
+    key: Key,
+    score_fn: ScoreFn,
+    sde: SDE,
+    x: Float[Array, "*event"],
+    start: Scalar,
+    stop: Scalar,
+    *,
+    solver: diffrax.AbstractSolver,
+    control: Control,
+    saveat: Array | None = None,
+    adjoint: diffrax.AbstractAdjoint | None = None,
+    brownian_tol: float | None = None,
+) -> Solution:
+    """Integrate dx = [f − g² s] dt + g dw̄ from `start` down to `stop`.
+
+    On a grid each step draws fresh increments (`UnsafeBrownianPath`). Adaptive steps, another
+    adjoint or a `brownian_tol` take a `VirtualBrownianTree`: one fixed path for one key, whatever
+    the steps.
+    """
+    if not isinstance(solver, diffrax.AbstractItoSolver | diffrax.AbstractStratonovichSolver):
+        raise _checks.ArgumentError(
+            f"`solver` must converge for SDEs; got {_name(solver)}, an ODE solver. "
+            "Use diffrax.Euler(), Heun(), ShARK() or SRA1(), or sample_ode for the probability "
+            "flow."
+        )
+    if control.ts is None or adjoint is not None:
+        brownian_tol = 1e-5 if brownian_tol is None else brownian_tol
+    _check_brownian_tol(brownian_tol, control)
+    shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    if brownian_tol is None:
+        path = diffrax.UnsafeBrownianPath(shape, key, _levy_area(solver))
+    else:
+        path = diffrax.VirtualBrownianTree(
+            -start, -stop, brownian_tol, shape, key, _levy_area(solver)
+        )
+    terms = diffrax.MultiTerm(
+        diffrax.ODETerm(_reverse_drift_in_tau),
+        diffrax.ControlTerm(_reverse_diffusion_in_tau, path),
+    )
+    control = control._replace(ts=_negated(control.ts))
+    args = (score_fn, sde)
+    return _solve(terms, solver, x, args, -start, -stop, control, _negated(saveat), adjoint)
+
+
+def _negated(times: Array | None) -> Array | None:
+    return None if times is None else -times
+
+
+def _reverse_drift_in_tau(tau: Scalar, x: Array, args: tuple[ScoreFn, SDE]) -> Array:
+    return -reverse_drift(*args, x, -tau)
+
+
+def _reverse_diffusion_in_tau(
+    tau: Scalar, x: Array, args: tuple[ScoreFn, SDE]
+) -> lineax.DiagonalLinearOperator:
+    return lineax.DiagonalLinearOperator(args[1].diffusion(-tau) * jnp.ones_like(x))
+
+
+def _solve(
+    terms: diffrax.AbstractTerm,
+    solver: diffrax.AbstractSolver,
+    x: Any,
+    args: Any,
+    start: Array,
+    stop: Array,
+    control: Control,
+    saveat: Array | None,
+    adjoint: diffrax.AbstractAdjoint | None,
+) -> Solution:
+    is_ode = isinstance(terms, diffrax.ODETerm)
+    subs = [diffrax.SubSaveAt(t1=True)]
+    if saveat is not None:
+        subs.append(diffrax.SubSaveAt(ts=saveat))
+    # TF32 and bfloat16 products would swamp the tolerances.
+    with jax.default_matmul_precision("float32"):
+        out = diffrax.diffeqsolve(
+            terms,
+            solver,
+            start,
+            stop,
+            None,
+            x,
+            args,
+            saveat=diffrax.SaveAt(subs=subs),
+            stepsize_controller=_controller(solver, control, is_ode),
+            adjoint=diffrax.ForwardMode() if adjoint is None else adjoint,
+            max_steps=control.max_steps if control.ts is None else control.ts.size - 1,
+            throw=False,
+        )
+    assert out.ys is not None and out.stats is not None
+    last = jax.tree.map(lambda leaf: leaf[0], out.ys[0])
+    if control.ts is None:
+        last = eqx.error_if(
+            last,
+            out.result != diffrax.RESULTS.successful,
+            f"The solve did not reach its end within max_steps={control.max_steps}: raise "
+            "`max_steps`, loosen `rtol` and `atol`, or look for a score that is not finite.",
+        )
+    num_evals = _evaluations(solver, out.stats["num_steps"], is_ode and control.ts is None)
+    return Solution(last, None if saveat is None else out.ys[1], num_evals)
+
+
+def _evaluations(solver: diffrax.AbstractSolver, num_steps: Array, picks_step: bool) -> Array:
+    """How often `num_steps` steps evaluated the drift; a first-same-as-last step reuses one."""
+    tableau: Any = getattr(solver, "tableau", None)
+    first = _FIRST_STEP_EVALS if picks_step else 0
+    if isinstance(solver, diffrax.AbstractERK):
+        reused = 1 if tableau.fsal else 0
+        return first + reused + num_steps * (tableau.num_stages - reused)
+    return first + num_steps * getattr(tableau, "num_stages", 1)
+
+
+def _controller(
+    solver: diffrax.AbstractSolver, control: Control, is_ode: bool
+) -> diffrax.AbstractStepSizeController:
+    if control.ts is not None:
+        return diffrax.StepTo(control.ts)
+    tableau: Any = getattr(solver, "tableau", None)
+    stochastic = isinstance(solver, diffrax.AbstractSRK) and tableau.b_error is not None
+    if not (stochastic or isinstance(solver, diffrax.AbstractAdaptiveSolver)):
+        advice = "Dopri5() or Tsit5()" if is_ode else "ShARK() or SRA1()"
+        raise _checks.ArgumentError(
+            f"`solver` must estimate its error for adaptive steps; {_name(solver)} does not. "
+            f"Give it a grid, ts=uniform_grid(sde, num_steps), or use diffrax.{advice}."
+        )
+    _checks.check_count("max_steps", control.max_steps)
+    for name, tolerance in (("rtol", control.rtol), ("atol", control.atol)):
+        _checks.check_positive(name, tolerance)
+    if is_ode:
+        return diffrax.PIDController(control.rtol, control.atol)
+    # Damped, as noise makes error estimates jump (diffrax's advice for SDEs).
+    return diffrax.PIDController(control.rtol, control.atol, pcoeff=0.1, icoeff=0.3, dcoeff=0)
+
+
+def _check_brownian_tol(tol: float | None, control: Control) -> None:
+    _checks.check_positive("brownian_tol", tol)
+    if tol is None or control.ts is None or not _checks.is_concrete(tol, control.ts):
+        return
+    shortest = float(np.min(np.abs(np.diff(np.asarray(control.ts)))))
+    if tol > shortest / 2:
+        raise _checks.ArgumentError(
+            f"`brownian_tol` must be at most half the shortest step, {shortest / 2:.3g}; got "
+            f"{tol}. "
+            "A coarser Brownian tree silently biases the samples: lower it or lengthen the steps."
+        )
+
+
+def _levy_area(solver: diffrax.AbstractSolver) -> type:
+    needs = getattr(solver, "minimal_levy_area", diffrax.AbstractBrownianIncrement)
+    for area in (diffrax.BrownianIncrement, diffrax.SpaceTimeLevyArea):
+        if issubclass(area, needs):
+            return area
+    return diffrax.SpaceTimeTimeLevyArea
+
+
+def _name(solver: diffrax.AbstractSolver) -> str:
+    return type(solver).__name__

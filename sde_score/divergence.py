@@ -1,0 +1,73 @@
+"""The divergence tr(∂f/∂x) of a vector field, exact or estimated, together with the field's value.
+
+Both come from one linearisation (`jax.linearize`): the value is paid for once, each direction is
+one Jacobian-vector product. Hutchinson's estimator is vᵀ (∂f/∂x) v with E[v vᵀ] = I (Hutchinson
+1990; Grathwohl et al. 2018, eq. 7).
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from sde_score import _checks
+from sde_score._typing import Key, Scalar
+
+Field = Callable[[Array], Array]
+
+
+def divergence(fn: Field, x: Float[Array, "*event"]) -> tuple[Float[Array, "*event"], Scalar]:
+    """fn(x) and its exact divergence, at the cost of one Jacobian-vector product per dimension."""
+    value, pushforward = jax.linearize(_checked(fn), x)
+    basis = jnp.eye(x.size, dtype=x.dtype)
+
+    def diagonal(direction: Array, index: Array) -> Scalar:
+        return jnp.ravel(pushforward(direction.reshape(x.shape)))[index]
+
+    return value, jnp.sum(jax.vmap(diagonal)(basis, jnp.arange(x.size)))
+
+
+def hutchinson_divergence(
+    fn: Field, x: Float[Array, "*event"], probes: Float[Array, "k *event"]
+) -> tuple[Float[Array, "*event"], Float[Array, " k"]]:
+    """fn(x) and vᵀ (∂f/∂x) v for each probe v: unbiased estimates of the divergence where E[v vᵀ]
+    = I.
+    """
+    value, products = jacobian_products(fn, x, probes)
+    return value, jnp.stack([jnp.sum(v * jv) for v, jv in zip(probes, products, strict=True)])
+
+
+def jacobian_products(
+    fn: Field, x: Float[Array, "*event"], directions: Float[Array, "k *event"]
+) -> tuple[Float[Array, "*event"], list[Float[Array, "*event"]]]:
+    """fn(x) and (∂f/∂x) v for each direction v."""
+    _checks.check_shape(
+        "probes",
+        directions.shape[1:],
+        x.shape,
+        f"The leading axis counts the probes; got {directions.shape} for x of shape {x.shape}.",
+    )
+    value, pushforward = jax.linearize(_checked(fn), x)
+    # A Python loop: under vmap over examples it is 2 to 3 times as fast as vmap over directions.
+    return value, [pushforward(direction) for direction in directions]
+
+
+def rademacher_probes(key: Key, num: int, shape: tuple[int, ...]) -> Float[Array, "num *shape"]:
+    """`num` vectors of independent signs ±1: the least variance among independent entries."""
+    _checks.check_key(key)
+    _checks.check_count("num", num)
+    return jax.random.rademacher(key, (num, *shape), jnp.result_type(float))
+
+
+def gaussian_probes(key: Key, num: int, shape: tuple[int, ...]) -> Float[Array, "num *shape"]:
+    """`num` draws of N(0, I): for few dimensions, where signs take too few values for an error
+    bar.
+    """
+    _checks.check_key(key)
+    _checks.check_count("num", num)
+    return jax.random.normal(key, (num, *shape))
+
+
+def _checked(fn: Field) -> Field:
+    return lambda x: _checks.call(fn, x, name="fn")

@@ -1,0 +1,205 @@
+"""The oracle: Gaussian mixtures, whose marginals, scores and posterior means are closed forms
+under every linear SDE.
+
+If p_0 = Σ_k w_k N(m_k, C_k), then p_t = Σ_k w_k N(alpha m_k, alpha² C_k + sigma² I). With C_k = Q
+Λ Qᵀ decomposed once, each p_t costs no further decomposition: alpha² C_k + sigma² I = Q (alpha² Λ
++ sigma²) Qᵀ.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import Partial
+from jaxtyping import Array, Float
+
+from sde_score import _checks
+from sde_score._typing import SDE, Key, Scalar, bind
+
+_einsum = lambda spec, *arrays: jnp.einsum(spec, *arrays, precision=jax.lax.Precision.HIGHEST)  # noqa: E731
+
+
+class Spectrum(NamedTuple):
+    """Eigenvalues [k, d] and eigenvectors [k, d, d] (in columns) of the covariances."""
+
+    values: Array
+    vectors: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class GaussianMixture:
+    """p(x) = Σ_k weights_k N(x; means_k, covariances_k) in d dimensions; weights [k], means [k,
+    d], covariances [k, d, d].
+
+    `spectrum` is computed from the covariances unless given.
+    """
+
+    weights: Float[Array, " k"]
+    means: Float[Array, "k d"]
+    covariances: Float[Array, "k d d"]
+    spectrum: Spectrum | None = None
+
+    def __post_init__(self) -> None:
+        if self.spectrum is not None:
+            return  # also the way back out of a trace, where the fields may be anything
+        arrays = [
+            jnp.asarray(field, float) for field in (self.weights, self.means, self.covariances)
+        ]
+        spectrum = Spectrum(*jnp.linalg.eigh(arrays[2])) if _check_mixture(*arrays) else None
+        for name, value in zip(
+            ("weights", "means", "covariances", "spectrum"), [*arrays, spectrum], strict=True
+        ):
+            object.__setattr__(self, name, value)
+
+    @property
+    def dim(self) -> int:
+        return self.means.shape[1]
+
+    @property
+    def mean(self) -> Float[Array, " d"]:
+        """E[x]."""
+        return _einsum("k,kd->d", self.weights, self.means)
+
+    @property
+    def covariance(self) -> Float[Array, "d d"]:
+        """E[(x − E x)(x − E x)ᵀ]."""
+        centred = self.means - self.mean[None]
+        return _einsum(
+            "k,kij->ij", self.weights, self.covariances + centred[:, :, None] * centred[:, None, :]
+        )
+
+    def sample(self, key: Key) -> Float[Array, " d"]:
+        """One draw."""
+        _checks.check_key(key)
+        component_key, noise_key = jax.random.split(key)
+        k = jax.random.categorical(component_key, jnp.log(self.weights))
+        noise = jax.random.normal(noise_key, (self.dim,), self.means.dtype)
+        values, vectors = self._spectrum
+        return self.means[k] + _einsum("ij,j->i", vectors[k], jnp.sqrt(values[k]) * noise)
+
+    def log_prob(self, x: Float[Array, " d"]) -> Scalar:
+        """log p(x), in nats."""
+        return jax.nn.logsumexp(self._log_joint(self._whiten(x)))
+
+    def responsibilities(self, x: Float[Array, " d"]) -> Float[Array, " k"]:
+        """p(component | x)."""
+        return jax.nn.softmax(self._log_joint(self._whiten(x)))
+
+    def score(self, x: Float[Array, " d"]) -> Float[Array, " d"]:
+        """∇ log p(x) = −Σ_k p(k | x) C_k⁻¹ (x − m_k)."""
+        whitened = self._whiten(x)
+        values, vectors = self._spectrum
+        weight = jax.nn.softmax(self._log_joint(whitened))
+        return -_einsum("k,kij,kj->i", weight, vectors, whitened / jnp.sqrt(values))
+
+    @property
+    def _spectrum(self) -> Spectrum:
+        assert self.spectrum is not None  # set in __post_init__
+        return self.spectrum
+
+    def _whiten(self, x: Float[Array, " d"]) -> Float[Array, "k d"]:
+        """Λ_k^{−½} Q_kᵀ (x − m_k)."""
+        _checks.check_shape(
+            "x",
+            x.shape,
+            (self.dim,),
+            "The mixture's methods take one point: jax.vmap over a batch.",
+        )
+        values, vectors = self._spectrum
+        return _einsum("kij,ki->kj", vectors, x[None] - self.means) / jnp.sqrt(values)
+
+    def _log_joint(self, whitened: Float[Array, "k d"]) -> Float[Array, " k"]:
+        """log w_k + log N(x; m_k, C_k)."""
+        log_det = jnp.sum(jnp.log(self._spectrum.values), axis=1) + self.dim * jnp.log(
+            2.0 * jnp.pi
+        )
+        return jnp.log(self.weights) - 0.5 * (jnp.sum(whitened**2, axis=1) + log_det)
+
+
+def marginal(gmm: GaussianMixture, sde: SDE, t: Scalar) -> GaussianMixture:
+    """p_t, the law of x_t when x_0 ~ gmm: components N(alpha m, alpha² C + sigma² I)."""
+    alpha, variance = sde.alpha(t), sde.sigma(t) ** 2
+    values, vectors = gmm._spectrum
+    identity = jnp.eye(gmm.dim, dtype=gmm.means.dtype)
+    return GaussianMixture(
+        weights=gmm.weights,
+        means=alpha * gmm.means,
+        covariances=alpha**2 * gmm.covariances + variance * identity[None],
+        spectrum=Spectrum(alpha**2 * values + variance, vectors),
+    )
+
+
+def exact_score(gmm: GaussianMixture, sde: SDE) -> Partial:
+    """The true score (x, t) ↦ ∇ log p_t(x): a `score_fn` for any sampler, likelihood or loss."""
+    return bind(_exact_score, gmm, sde)
+
+
+def _exact_score(
+    gmm: GaussianMixture, sde: SDE, x: Float[Array, " d"], t: Scalar
+) -> Float[Array, " d"]:
+    return marginal(gmm, sde, t).score(x)
+
+
+def posterior_mean(
+    gmm: GaussianMixture, sde: SDE, x_t: Float[Array, " d"], t: Scalar
+) -> Float[Array, " d"]:
+    """E[x_0 | x_t] = Σ_k p(k | x_t) [m_k + alpha C_k (alpha² C_k + sigma²)⁻¹(x_t − alpha m_k)]."""
+    _checks.check_time("t", t, sde)
+    noised = marginal(gmm, sde, t)
+    gain = sde.alpha(t) * gmm._spectrum.values / jnp.sqrt(noised._spectrum.values)
+    means = gmm.means + _einsum("kij,kj->ki", gmm._spectrum.vectors, gain * noised._whiten(x_t))
+    return _einsum("k,ki->i", noised.responsibilities(x_t), means)
+
+
+def gaussian_flow(
+    gmm: GaussianMixture, sde: SDE, x: Float[Array, " d"], start: Scalar, stop: Scalar
+) -> Float[Array, " d"]:
+    """The exact probability-flow map from time `start` to `stop` for a single Gaussian (a mixture
+    of one component).
+
+    In the eigenbasis, (x − m_t)/√(alpha_t² Λ + sigma_t²) is constant along the flow.
+    """
+    if gmm.means.shape[0] != 1:
+        raise _checks.ArgumentError(
+            "`gmm` must have one component, as the map of a mixture has no closed form; got "
+            f"{gmm.means.shape[0]}. "
+            "Solve probability_flow with exact_score(gmm, sde) instead."
+        )
+    _checks.check_time("start", start, sde)
+    _checks.check_time("stop", stop, sde)
+    whitened = marginal(gmm, sde, start)._whiten(x)
+    end = marginal(gmm, sde, stop)
+    values, vectors = end._spectrum
+    return end.means[0] + _einsum("ij,j->i", vectors[0], jnp.sqrt(values[0]) * whitened[0])
+
+
+def _check_mixture(weights: Array, means: Array, covariances: Array) -> bool:
+    fix = (
+        "A mixture of k components in d dimensions has weights [k], means [k, d], "
+        "covariances [k, d, d]."
+    )
+    if means.ndim != 2:
+        raise _checks.ArgumentError(f"`means` must have shape [k, d]; got {means.shape}. {fix}")
+    k, d = means.shape
+    _checks.check_shape("weights", weights.shape, (k,), fix)
+    _checks.check_shape("covariances", covariances.shape, (k, d, d), fix)
+    for name, value in (("weights", weights), ("means", means), ("covariances", covariances)):
+        _checks.check_data(name, value)
+    if not _checks.is_concrete(weights, covariances):
+        return True
+    if bool(jnp.any(weights < 0)) or abs(float(jnp.sum(weights)) - 1.0) > 1e-5:
+        raise _checks.ArgumentError(
+            f"`weights` must be at least 0 and sum to 1; got {weights}. Divide by their sum."
+        )
+    scale = float(jnp.max(jnp.abs(covariances)))
+    if float(jnp.max(jnp.abs(covariances - covariances.mT))) > 1e-5 * scale:
+        raise _checks.ArgumentError(
+            "`covariances` must be symmetric. Average them with their transposes."
+        )
+    if bool(jnp.any(jnp.linalg.eigvalsh(covariances) <= 0)):
+        raise _checks.ArgumentError(
+            "`covariances` must be positive definite. Add a small multiple of the identity."
+        )
+    return True

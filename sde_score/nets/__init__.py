@@ -1,0 +1,5 @@
+"""Flax Linen networks on one example; the rest of the library never imports them."""
+
+from sde_score.nets.embedding import fourier_embedding as fourier_embedding
+from sde_score.nets.embedding import geometric_frequencies as geometric_frequencies
+from sde_score.nets.mlp import MLP as MLP

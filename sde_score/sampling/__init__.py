@@ -1,0 +1,1 @@
+"""Samplers: from a score function to samples."""

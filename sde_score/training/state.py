@@ -1,0 +1,79 @@
+"""The training state and one training step, for any loss, any pytree of parameters and any optax
+optimiser.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array
+
+from sde_score import _checks
+from sde_score._typing import Key, Params, Scalar
+
+LossFn: TypeAlias = Callable[[Params, Key, Any], Scalar]  # (params, key, batch)
+TrainStep: TypeAlias = Callable[["TrainState", Key, Any], tuple["TrainState", dict[str, Array]]]
+
+
+class TrainState(NamedTuple):
+    """Steps taken, parameters, their exponential moving average and the optimiser's state."""
+
+    step: Array
+    params: Params
+    ema_params: Params
+    opt_state: Any
+
+
+def init_train_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+    """Step 0, with copies of the parameters: a donated state never takes the caller's arrays with
+    it.
+    """
+    if not jax.tree.leaves(params):
+        raise _checks.ArgumentError(
+            "`params` must have at least one array. Initialise the network first."
+        )
+    params = jax.tree.map(jnp.copy, params)
+    ema_params = jax.tree.map(_float32_copy, params)
+    return TrainState(jnp.zeros((), jnp.int32), params, ema_params, optimizer.init(params))
+
+
+def make_train_step(
+    loss_fn: LossFn, optimizer: optax.GradientTransformation, *, ema_decay: float = 0.999
+) -> TrainStep:
+    """The pure function (state, key, batch) -> (state, {"loss", "grad_norm"}) that descends
+    loss_fn(params, key, batch).
+
+    The average decays by min(ema_decay, (1 + step)/(10 + step)), so that it forgets the initial
+    parameters early on.
+    """
+    _checks.check_positive("ema_decay", ema_decay, zero=True)
+    if ema_decay >= 1:
+        raise _checks.ArgumentError(
+            f"`ema_decay` must be below 1; got {ema_decay}. 0 turns averaging off."
+        )
+
+    def train_step(state: TrainState, key: Key, batch: Any) -> tuple[TrainState, dict[str, Array]]:
+        loss, grads = jax.value_and_grad(_scalar_loss)(state.params, loss_fn, key, batch)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
+        ema_params = jax.tree.map(
+            lambda ema, p: ema + (1.0 - decay) * (p - ema), state.ema_params, params
+        )
+        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+        return TrainState(state.step + 1, params, ema_params, opt_state), metrics
+
+    return train_step
+
+
+def _scalar_loss(params: Params, loss_fn: LossFn, key: Key, batch: Any) -> Scalar:
+    return _checks.check_scalar("loss_fn", loss_fn(params, key, batch), "(params, key, batch)")
+
+
+def _float32_copy(leaf: Array) -> Array:
+    narrow = jnp.issubdtype(leaf.dtype, jnp.floating) and jnp.finfo(leaf.dtype).bits < 32
+    return (
+        leaf.astype(jnp.float32) if narrow else jnp.copy(leaf)
+    )  # a bfloat16 average would never move
