@@ -29,7 +29,7 @@ format: $(VENV)/.installed
 	$(VENV)/bin/ruff format .
 
 bench: $(VENV)/.installed
-	$(RUN) -m benchmarks.bench_samplers
+	$(RUN) -m benchmarks.bench_overhead
 
 clean:
 	rm -rf .venv .venv-* runs .pytest_cache .ruff_cache

@@ -43,7 +43,12 @@ def check_key(key: Any, name: str = "key") -> None:
 
 def check_floating(name: str, x: Any) -> None:
     """`x` is an array of floating-point numbers."""
-    dtype = jnp.result_type(x)
+    try:
+        dtype = jnp.result_type(x)
+    except TypeError as error:
+        raise ArgumentError(
+            f"`{name}` must be an array; got {type(x).__name__}. Convert it with jnp.asarray."
+        ) from error
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ArgumentError(
             f"`{name}` must be floating point; got {dtype}. Densities need continuous data: "
@@ -59,8 +64,9 @@ def check_data(name: str, x: Any) -> None:
         check_floating(name, leaf)
         if jnp.size(leaf) == 0:
             raise ArgumentError(f"`{name}` must not be empty; got shape {jnp.shape(leaf)}.")
-        if is_concrete(leaf) and not bool(jnp.all(jnp.isfinite(leaf))):
-            bad = int(jnp.sum(~jnp.isfinite(leaf)))
+        # numpy, as jnp makes a tracer even of a constant that a traced function closes over
+        if is_concrete(leaf) and not np.all(np.isfinite(np.asarray(leaf))):
+            bad = int(np.sum(~np.isfinite(np.asarray(leaf))))
             raise ArgumentError(
                 f"`{name}` must be finite; {bad} of its {jnp.size(leaf)} values are nan or "
                 "infinite. "
@@ -143,6 +149,13 @@ def call(fn: Callable, x: jax.Array, *args: Any, name: str = "score_fn") -> jax.
     return out
 
 
+def check_scalar_time(t: Any) -> None:
+    """`t` is one time."""
+    check_shape(
+        "t", jnp.shape(t), (), "One example has one time: jax.vmap over examples and times."
+    )
+
+
 def check_scalar(name: str, value: Any, source: str) -> Scalar:
     """`value` is a scalar; returned for use in an expression."""
     if jnp.shape(value) != ():
@@ -160,4 +173,5 @@ def describe(value: Any) -> str:
     head = f"{value.dtype}[{','.join(map(str, shape))}]"
     if not is_concrete(value) or not np.issubdtype(value.dtype, np.number):
         return head
-    return f"{head} from {np.min(value):.6g} to {np.max(value):.6g}"
+    numbers = np.asarray(value)
+    return f"{head} from {np.min(numbers):.6g} to {np.max(numbers):.6g}"

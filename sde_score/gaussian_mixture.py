@@ -7,10 +7,12 @@ If p_0 = Σ_k w_k N(m_k, C_k), then p_t = Σ_k w_k N(alpha m_k, alpha² C_k + si
 """
 
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
@@ -27,31 +29,38 @@ class Spectrum(NamedTuple):
     vectors: Array
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@jax.tree_util.register_pytree_node_class
+@dataclasses.dataclass(frozen=True, eq=False)
 class GaussianMixture:
     """p(x) = Σ_k weights_k N(x; means_k, covariances_k) in d dimensions; weights [k], means [k,
     d], covariances [k, d, d].
-
-    `spectrum` is computed from the covariances unless given.
     """
 
     weights: Float[Array, " k"]
     means: Float[Array, "k d"]
     covariances: Float[Array, "k d d"]
-    spectrum: Spectrum | None = None
+    spectrum: Spectrum = dataclasses.field(init=False, repr=False)  # always the covariances' own
 
     def __post_init__(self) -> None:
-        if self.spectrum is not None:
-            return  # also the way back out of a trace, where the fields may be anything
         arrays = [
             jnp.asarray(field, float) for field in (self.weights, self.means, self.covariances)
         ]
-        spectrum = Spectrum(*jnp.linalg.eigh(arrays[2])) if _check_mixture(*arrays) else None
-        for name, value in zip(
-            ("weights", "means", "covariances", "spectrum"), [*arrays, spectrum], strict=True
-        ):
-            object.__setattr__(self, name, value)
+        _check_mixture(*arrays)
+        self._set(*arrays, Spectrum(*jnp.linalg.eigh(arrays[2])))
+
+    def _set(self, *values: Any) -> None:
+        for field, value in zip(dataclasses.fields(self), values, strict=True):
+            object.__setattr__(self, field.name, value)
+
+    def tree_flatten(self) -> tuple[tuple, None]:
+        return (self.weights, self.means, self.covariances, self.spectrum), None
+
+    @classmethod
+    def tree_unflatten(cls, _: None, children: Iterable) -> Self:
+        """No checks and no decomposition: the leaves may be tracers, or anything else."""
+        gmm = object.__new__(cls)
+        gmm._set(*children)
+        return gmm
 
     @property
     def dim(self) -> int:
@@ -76,7 +85,7 @@ class GaussianMixture:
         component_key, noise_key = jax.random.split(key)
         k = jax.random.categorical(component_key, jnp.log(self.weights))
         noise = jax.random.normal(noise_key, (self.dim,), self.means.dtype)
-        values, vectors = self._spectrum
+        values, vectors = self.spectrum
         return self.means[k] + _einsum("ij,j->i", vectors[k], jnp.sqrt(values[k]) * noise)
 
     def log_prob(self, x: Float[Array, " d"]) -> Scalar:
@@ -90,14 +99,9 @@ class GaussianMixture:
     def score(self, x: Float[Array, " d"]) -> Float[Array, " d"]:
         """∇ log p(x) = −Σ_k p(k | x) C_k⁻¹ (x − m_k)."""
         whitened = self._whiten(x)
-        values, vectors = self._spectrum
+        values, vectors = self.spectrum
         weight = jax.nn.softmax(self._log_joint(whitened))
         return -_einsum("k,kij,kj->i", weight, vectors, whitened / jnp.sqrt(values))
-
-    @property
-    def _spectrum(self) -> Spectrum:
-        assert self.spectrum is not None  # set in __post_init__
-        return self.spectrum
 
     def _whiten(self, x: Float[Array, " d"]) -> Float[Array, "k d"]:
         """Λ_k^{−½} Q_kᵀ (x − m_k)."""
@@ -107,27 +111,23 @@ class GaussianMixture:
             (self.dim,),
             "The mixture's methods take one point: jax.vmap over a batch.",
         )
-        values, vectors = self._spectrum
+        values, vectors = self.spectrum
         return _einsum("kij,ki->kj", vectors, x[None] - self.means) / jnp.sqrt(values)
 
     def _log_joint(self, whitened: Float[Array, "k d"]) -> Float[Array, " k"]:
         """log w_k + log N(x; m_k, C_k)."""
-        log_det = jnp.sum(jnp.log(self._spectrum.values), axis=1) + self.dim * jnp.log(
-            2.0 * jnp.pi
-        )
+        log_det = jnp.sum(jnp.log(self.spectrum.values), axis=1) + self.dim * jnp.log(2.0 * jnp.pi)
         return jnp.log(self.weights) - 0.5 * (jnp.sum(whitened**2, axis=1) + log_det)
 
 
 def marginal(gmm: GaussianMixture, sde: SDE, t: Scalar) -> GaussianMixture:
     """p_t, the law of x_t when x_0 ~ gmm: components N(alpha m, alpha² C + sigma² I)."""
     alpha, variance = sde.alpha(t), sde.sigma(t) ** 2
-    values, vectors = gmm._spectrum
     identity = jnp.eye(gmm.dim, dtype=gmm.means.dtype)
-    return GaussianMixture(
-        weights=gmm.weights,
-        means=alpha * gmm.means,
-        covariances=alpha**2 * gmm.covariances + variance * identity[None],
-        spectrum=Spectrum(alpha**2 * values + variance, vectors),
+    covariances = alpha**2 * gmm.covariances + variance * identity[None]
+    spectrum = Spectrum(alpha**2 * gmm.spectrum.values + variance, gmm.spectrum.vectors)
+    return GaussianMixture.tree_unflatten(
+        None, (gmm.weights, alpha * gmm.means, covariances, spectrum)
     )
 
 
@@ -148,8 +148,8 @@ def posterior_mean(
     """E[x_0 | x_t] = Σ_k p(k | x_t) [m_k + alpha C_k (alpha² C_k + sigma²)⁻¹(x_t − alpha m_k)]."""
     _checks.check_time("t", t, sde)
     noised = marginal(gmm, sde, t)
-    gain = sde.alpha(t) * gmm._spectrum.values / jnp.sqrt(noised._spectrum.values)
-    means = gmm.means + _einsum("kij,kj->ki", gmm._spectrum.vectors, gain * noised._whiten(x_t))
+    gain = sde.alpha(t) * gmm.spectrum.values / jnp.sqrt(noised.spectrum.values)
+    means = gmm.means + _einsum("kij,kj->ki", gmm.spectrum.vectors, gain * noised._whiten(x_t))
     return _einsum("k,ki->i", noised.responsibilities(x_t), means)
 
 
@@ -171,11 +171,11 @@ def gaussian_flow(
     _checks.check_time("stop", stop, sde)
     whitened = marginal(gmm, sde, start)._whiten(x)
     end = marginal(gmm, sde, stop)
-    values, vectors = end._spectrum
+    values, vectors = end.spectrum
     return end.means[0] + _einsum("ij,j->i", vectors[0], jnp.sqrt(values[0]) * whitened[0])
 
 
-def _check_mixture(weights: Array, means: Array, covariances: Array) -> bool:
+def _check_mixture(weights: Array, means: Array, covariances: Array) -> None:
     fix = (
         "A mixture of k components in d dimensions has weights [k], means [k, d], "
         "covariances [k, d, d]."
@@ -188,18 +188,18 @@ def _check_mixture(weights: Array, means: Array, covariances: Array) -> bool:
     for name, value in (("weights", weights), ("means", means), ("covariances", covariances)):
         _checks.check_data(name, value)
     if not _checks.is_concrete(weights, covariances):
-        return True
-    if bool(jnp.any(weights < 0)) or abs(float(jnp.sum(weights)) - 1.0) > 1e-5:
+        return
+    weights, covariances = np.asarray(weights), np.asarray(covariances)
+    if np.any(weights < 0) or abs(np.sum(weights) - 1.0) > 1e-5:
         raise _checks.ArgumentError(
             f"`weights` must be at least 0 and sum to 1; got {weights}. Divide by their sum."
         )
-    scale = float(jnp.max(jnp.abs(covariances)))
-    if float(jnp.max(jnp.abs(covariances - covariances.mT))) > 1e-5 * scale:
+    asymmetry = np.max(np.abs(covariances - covariances.transpose(0, 2, 1)))
+    if asymmetry > 1e-5 * np.max(np.abs(covariances)):
         raise _checks.ArgumentError(
             "`covariances` must be symmetric. Average them with their transposes."
         )
-    if bool(jnp.any(jnp.linalg.eigvalsh(covariances) <= 0)):
+    if np.any(np.linalg.eigvalsh(covariances) <= 0):
         raise _checks.ArgumentError(
             "`covariances` must be positive definite. Add a small multiple of the identity."
         )
-    return True

@@ -51,6 +51,7 @@ def log_likelihood(
     """
     _checks.check_key(key)
     _checks.check_data("x0", x0)
+    x0 = jnp.asarray(x0)
     return _log_likelihood(
         score_fn, sde, x0, probes(key, num_probes, x0.shape).astype(x0.dtype), **options
     )
@@ -66,7 +67,7 @@ def exact_log_likelihood(
     `probability_flow` `solver`, `ts`, `rtol`, `atol`, `max_steps`, `adjoint`.
     """
     _checks.check_data("x0", x0)
-    return _log_likelihood(score_fn, sde, x0, None, **options)
+    return _log_likelihood(score_fn, sde, jnp.asarray(x0), None, **options)
 
 
 def _log_likelihood(

@@ -1,8 +1,8 @@
 """Figures of densities, scores, samples, images, paths and losses; needs matplotlib.
 
-Each function draws on `ax`, or on a new figure's where that is None, and returns the Axes; the figure
-is `ax.figure`. No global state: nothing is shown, nothing stays open. Colours are colour-blind safe
-(Okabe & Ito 2008; viridis). `extent` is (x_min, x_max, y_min, y_max).
+Each function draws on `ax`, or on that of a new figure, and returns it; the figure is `ax.figure`.
+New figures stay out of pyplot: nothing is shown, nothing left open. The colours suit colour-blind
+readers (Okabe & Ito 2008). `extent` is (x_min, x_max, y_min, y_max), in data units.
 """
 
 import os
@@ -61,7 +61,7 @@ def score_field(
 ) -> Axes:
     """Arrows along the score [2] -> [2] of one point; close over t for a diffusion's.
 
-    Directions are true. Lengths are ‖s‖/(‖s‖ + median ‖s‖) of a cell, as scores grow without bound.
+    Directions are true; lengths are ‖s‖/(‖s‖ + median ‖s‖) of a cell, as scores have no bound.
     """
     ax = _axes(ax)
     score = _on_grid(score_fn, extent, resolution, (2,))
@@ -85,13 +85,15 @@ def scatter_2d(
 ) -> Axes:
     """Dots at `samples`, smaller and fainter the more there are; `extent` None shows all."""
     ax = _axes(ax)
-    samples = _points("samples", samples, "n", 2)
-    size = float(np.clip(6000.0 / len(samples), 1.5, 20.0))
-    alpha = float(np.clip(800.0 / len(samples), 0.25, 0.8))
+    points = _points("samples", samples, "n", 2)
+    size = float(np.clip(6000.0 / len(points), 1.5, 20.0))
+    alpha = float(np.clip(800.0 / len(points), 0.25, 0.8))
     style = {"s": size, "alpha": alpha, "color": color, "linewidths": 0, "rasterized": True}
-    ax.scatter(*samples.T, **style, label=label)
+    ax.scatter(*points.T, **style, label=label)
     if label is not None:
-        ax.legend(frameon=False, loc="upper right")
+        legend = ax.legend(frameon=False, loc="upper right")
+        for handle in filter(None, legend.legend_handles):  # as faint as the dots otherwise
+            handle.set(sizes=[20.0], alpha=1.0)
     return _plane(ax, extent)
 
 
@@ -103,13 +105,13 @@ def trajectories_2d(
 ) -> Axes:
     """Paths that darken from their first time to their last, where a dot ends them."""
     ax = _axes(ax)
-    paths = _points("paths", paths, "n", "num_times", 2)
-    segments = np.stack([paths[:, :-1], paths[:, 1:]], axis=2).reshape(-1, 2, 2)
+    points = _points("paths", paths, "n", "num_times", 2)
+    segments = np.stack([points[:, :-1], points[:, 1:]], axis=2).reshape(-1, 2, 2)
     lines = LineCollection(list(segments), cmap="Blues", linewidths=0.8)
-    lines.set_array(np.tile(np.linspace(0.0, 1.0, paths.shape[1] - 1), len(paths)))
+    lines.set_array(np.tile(np.linspace(0.0, 1.0, points.shape[1] - 1), len(points)))
     lines.set_clim(-0.4, 1.1)  # the first steps visible on white
     ax.add_collection(lines)
-    ax.scatter(*paths[:, -1].T, s=10, color=ORANGE, linewidths=0, zorder=3)
+    ax.scatter(*points[:, -1].T, s=10, color=ORANGE, linewidths=0, zorder=3)
     ax.autoscale_view()
     return _plane(ax, extent)
 
@@ -123,23 +125,23 @@ def image_grid(
 ) -> Axes:
     """Images [n, H, W] or [n, H, W, 1 or 3], row by row, one white pixel between them.
 
-    `value_range` maps to black and white, values outside are clipped; `columns` is about √n if None.
+    `value_range` becomes black to white, values outside are clipped; `columns` None is about √n.
     """
-    images = np.asarray(images)
-    if images.ndim == 3:
-        images = images[..., None]
-    if images.ndim != 4 or images.shape[-1] not in (1, 3) or 0 in images.shape:
+    pixels = np.asarray(images)
+    if pixels.ndim == 3:
+        pixels = pixels[..., None]
+    if pixels.ndim != 4 or pixels.shape[-1] not in (1, 3) or 0 in pixels.shape:
         raise _checks.ArgumentError(
-            f"`images` must have shape [n, H, W], [n, H, W, 1] or [n, H, W, 3]; got {images.shape}."
-            " Add a leading axis to a single image."
+            f"`images` must be [n, H, W], [n, H, W, 1] or [n, H, W, 3] and not empty; "
+            f"got {np.shape(images)}. Add a leading axis to a single image."
         )
-    num, height, width, channels = images.shape
+    num, height, width, channels = pixels.shape
     columns = int(np.ceil(np.sqrt(num))) if columns is None else columns
     _checks.check_count("columns", columns)
     low, high = value_range
     _checks.check_positive("value_range[1] - value_range[0]", high - low)
     canvas = np.ones((-(-num // columns) * (height + 1) - 1, columns * (width + 1) - 1, channels))
-    for index, image in enumerate(np.clip((images - low) / (high - low), 0.0, 1.0)):
+    for index, image in enumerate(np.clip((pixels - low) / (high - low), 0.0, 1.0)):
         top, left = index // columns * (height + 1), index % columns * (width + 1)
         canvas[top : top + height, left : left + width] = image
     ax = _axes(ax)
@@ -158,21 +160,21 @@ def loss_curve(
 ) -> Axes:
     """The loss of every step, faint, under its running mean over `smooth` steps (default 1/50).
 
-    The vertical axis is logarithmic where the running mean is positive and spans a decade.
+    The vertical axis is logarithmic where the losses are positive and their mean spans a decade.
     """
-    losses = np.asarray(losses)
-    if losses.ndim != 1 or losses.size == 0:
+    values = np.asarray(losses)
+    if values.ndim != 1 or values.size == 0:
         fix = "Pass the loss of each step, as `fit` returns them."
-        raise _checks.ArgumentError(f"`losses` must be [num_steps]; got {losses.shape}. {fix}")
-    smooth = max(1, len(losses) // 50) if smooth is None else smooth
-    _checks.check_count("smooth", smooth)
-    smooth = min(smooth, len(losses))
+        raise _checks.ArgumentError(f"`losses` must be [num_steps]; got {values.shape}. {fix}")
+    window = max(1, values.size // 50) if smooth is None else smooth
+    _checks.check_count("smooth", window)
+    window = min(window, values.size)
     ax = _axes(ax)
-    mean = np.convolve(losses, np.full(smooth, 1.0 / smooth), mode="valid")
-    middles = np.arange(len(mean)) + (smooth - 1) / 2
-    ax.plot(np.arange(len(losses)), losses, color=color, alpha=0.25, linewidth=0.6)
+    mean = np.convolve(values, np.full(window, 1.0 / window), mode="valid")
+    ax.plot(np.arange(values.size), values, color=color, alpha=0.25, linewidth=0.6)
+    middles = np.arange(mean.size) + (window - 1) / 2
     ax.plot(middles, mean, color=color, linewidth=1.5, label=label)
-    if np.nanmin(losses) > 0 and np.nanmax(mean) > 10 * np.nanmin(mean):
+    if np.all(values > 0) and np.max(mean) > 10 * np.min(mean):
         ax.set_yscale("log")
     ax.set(xlabel="step", ylabel="loss")
     ax.spines[["top", "right"]].set_visible(False)
@@ -229,7 +231,7 @@ def _on_grid(
 
 
 def _points(name: str, array: Array, *want: str | int) -> np.ndarray:
-    """`array` on the host: finite, of as many axes as `want` has, with 2 coordinates in the last."""
+    """`array` on the host: finite, with the axes of `want`, of which the last holds 2 numbers."""
     _checks.check_data(name, array)
     shape = np.shape(array)
     if len(shape) != len(want) or shape[-1] != 2:

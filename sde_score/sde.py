@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from sde_score import _checks
@@ -29,10 +30,10 @@ def _check_increasing(low_name: str, low: Any, high_name: str, high: Any) -> Non
 
 
 def _is_number(value: object) -> bool:
-    """Only Python's numbers are checked: tracers, and whatever else a pytree is unflattened with,
-    pass.
+    """Only Python's and numpy's numbers are checked: tracers, and whatever else a pytree is
+    unflattened with, pass.
     """
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float | np.number) and not isinstance(value, bool)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +48,7 @@ class _LinearBeta:
     t1: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("beta_min", "beta_max", "t0"):
+        for name in ("beta_min", "beta_max", "t0", "t1"):
             _check_positive(name, getattr(self, name))
         _check_increasing("t0", self.t0, "t1", self.t1)
 
@@ -116,7 +117,7 @@ class VE:
     t1: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("sigma_min", "sigma_max"):
+        for name in ("sigma_min", "sigma_max", "t1"):
             _check_positive(name, getattr(self, name))
         _check_positive("t0", self.t0, zero=True)
         _check_increasing("sigma_min", self.sigma_min, "sigma_max", self.sigma_max)
@@ -144,6 +145,7 @@ def perturb(key: Key, sde: SDE, x0: Float[Array, "*event"], t: Scalar) -> tuple[
     """A draw x_t = alpha(t) x_0 + sigma(t) z of p(x_t | x_0), and its noise z ~ N(0, I)."""
     _checks.check_key(key)
     _checks.check_floating("x0", x0)
+    _checks.check_scalar_time(t)
     _checks.check_time("t", t, sde)
     noise = jax.random.normal(key, jnp.shape(x0), jnp.result_type(x0))
     return sde.alpha(t) * x0 + sde.sigma(t) * noise, noise
@@ -183,6 +185,7 @@ def sample_prior(key: Key, sde: SDE, shape: tuple[int, ...]) -> Float[Array, "*s
 
 def prior_log_prob(sde: SDE, x: Float[Array, "*event"]) -> Scalar:
     """log N(x; 0, sigma(t1)² I), in nats."""
+    _checks.check_floating("x", x)
     sigma = sde.sigma(jnp.asarray(sde.t1))
     return -0.5 * jnp.sum((x / sigma) ** 2) - x.size * (
         jnp.log(sigma) + 0.5 * jnp.log(2.0 * jnp.pi)

@@ -1,3 +1,4 @@
+import functools
 import math
 import sys
 
@@ -6,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.tree_util import Partial
+from scipy.integrate import simpson
 from scipy.special import i0e
 from scipy.stats import chi2
 
@@ -39,76 +41,76 @@ CELLS, FINE = 20, 8  # a grid of 20 × 20 cells on [-4, 4]², each of 8 × 8 mid
 AREA = (8 / CELLS / FINE) ** 2
 
 
-def grid_log_prob(density):
-    """log p at the midpoints, as [cells, fine, cells, fine]: x, then y."""
+@functools.cache
+def draw(density):
+    """20,000 samples, log p at each, and log p at the midpoints as [cells, fine, cells, fine]."""
+    samples = jax.jit(density, static_argnums=1)(jax.random.key(0), 20_000)
     ticks = -4 + (jnp.arange(CELLS * FINE) + 0.5) * 8 / (CELLS * FINE)
-    points = jnp.stack(jnp.meshgrid(ticks, ticks, indexing="ij"), axis=-1).reshape(-1, 2)
-    log_prob = jax.jit(jax.vmap(density.log_prob))(points)
-    return np.asarray(log_prob, np.float64).reshape(CELLS, FINE, CELLS, FINE)
+    grid = jnp.stack(jnp.meshgrid(ticks, ticks, indexing="ij"), axis=-1).reshape(-1, 2)
+    log_prob = jax.jit(jax.vmap(density.log_prob))(jnp.concatenate([samples, grid]))
+    log_prob = np.asarray(log_prob, np.float64)
+    return samples, log_prob[:20_000], log_prob[20_000:].reshape(CELLS, FINE, CELLS, FINE)
 
 
 def assert_counts(counts, expected, constraints=1):
-    """Pearson's statistic stays below its 1 - 1e-6 quantile: with fixed keys, failure means a wrong law."""
+    """Pearson's statistic stays below its 1 - 1e-6 quantile."""
     statistic = np.sum((counts - expected) ** 2 / expected)
     assert statistic < chi2.ppf(1 - 1e-6, np.size(counts) - constraints)
 
 
 @all_densities
 def test_density_is_normalised(density):
-    """The midpoint rule is spectrally accurate on smooth densities and exact on the board: 1e-3 is ample."""
-    assert abs(np.sum(np.exp(grid_log_prob(density))) * AREA - 1) < 1e-3
+    """The midpoint rule is exact on the board, and far better than 1e-3 where p is smooth."""
+    assert abs(np.sum(np.exp(draw(density)[2])) * AREA - 1) < 1e-3
 
 
 @all_densities
 def test_samples_follow_the_density(density):
-    """E[-log p] under the sampler is the entropy on the grid, and cell counts are its cell probabilities."""
-    log_prob = grid_log_prob(density)
-    prob = np.exp(log_prob)
-    samples = density(jax.random.key(0), 20_000)
-    surprise = -np.asarray(jax.vmap(density.log_prob)(samples), np.float64)
-    entropy = -np.sum(prob * np.where(prob > 0, log_prob, 0)) * AREA
-    stderr = surprise.std() / np.sqrt(surprise.size)
-    assert abs(surprise.mean() - entropy) < 5 * stderr + 1e-4  # 1e-4: the grid, and float32 sums
+    """E[-log p] of samples is the grid's entropy, and cell counts follow its probabilities."""
+    samples, log_prob, grid_log_prob = draw(density)
+    prob = np.exp(grid_log_prob)
+    entropy = -np.sum(prob * np.where(prob > 0, grid_log_prob, 0)) * AREA
+    stderr = np.std(log_prob) / np.sqrt(log_prob.size)
+    assert abs(-np.mean(log_prob) - entropy) < 5 * stderr + 1e-4  # 1e-4: the grid, float32 sums
 
     expected = np.sum(prob, axis=(1, 3)).ravel() * AREA * len(samples)
     x, y = np.asarray(samples, np.float64).T
     counts = np.histogram2d(x, y, CELLS, [[-4, 4], [-4, 4]])[0].ravel()
-    common = expected >= 5  # rarer cells are pooled, where together they are not rare
-    pooled = expected[~common].sum() >= 5
-    assert counts[~common].sum() > 0 or expected[~common].sum() < 20
-    assert_counts(
-        np.append(counts[common], counts[~common].sum() if pooled else []),
-        np.append(expected[common], expected[~common].sum() if pooled else []),
-    )
+    rare = expected < 5
+    counts, expected = (np.append(n[~rare], n[rare].sum()) for n in (counts, expected))
+    assert_counts(counts, expected + 1e-3)  # where nothing is expected, one sample is too many
 
 
 @all_densities
 def test_densities_have_about_unit_scale(density):
-    """The documented scale; 0.2 allows for the board (1.15), 0.3 for the swiss roll's mean."""
-    samples = density(jax.random.key(1), 5_000)
+    """The documented scale: 0.2 allows for the board (1.15), 0.35 for the swiss roll's mean."""
+    samples = np.asarray(draw(density)[0])
     np.testing.assert_allclose(np.std(samples, axis=0), 1, atol=0.2)
     np.testing.assert_allclose(np.mean(samples, axis=0), 0, atol=0.35)
     assert np.all(np.abs(samples) < 4)
 
 
 @all_densities
-def test_sampling_is_a_pure_function_of_key_and_index(density):
+def test_sample_i_depends_on_key_and_i_only(density):
     with jax.debug_key_reuse(True):
-        few, many = density(jax.random.key(2), 3), density(jax.random.key(2), 50)
-    np.testing.assert_array_equal(few, many[:3])
-    jitted = jax.jit(density, static_argnums=1)(jax.random.key(2), 3)
-    np.testing.assert_allclose(jitted, few, rtol=1e-5, atol=1e-6)  # fusion reorders float32 sums
+        few = jax.jit(density, static_argnums=1)(jax.random.key(0), 3)
+    np.testing.assert_allclose(few, draw(density)[0][:3], atol=1e-6)  # fused float32 sums
+
+
+def test_densities_without_jit():
+    eager = checkerboard(jax.random.key(0), 3)
+    np.testing.assert_allclose(eager, draw(checkerboard)[0][:3], atol=1e-6)
 
 
 @all_densities
 def test_densities_in_float64(density):
-    point32 = density(jax.random.key(3), 1)[0]
+    samples, log_prob, _ = draw(density)
     with jax.enable_x64(True):
-        point64 = density(jax.random.key(3), 1)[0]
-        log_prob64 = density.log_prob(jnp.asarray(point32, jnp.float64))
-        assert point64.dtype == log_prob64.dtype == jnp.float64
-        assert density.log_prob(point32).dtype == jnp.float32
-    np.testing.assert_allclose(density.log_prob(point32), log_prob64, atol=1e-4)  # float32 squares
+        log_prob64 = jax.jit(density.log_prob)(jnp.asarray(samples[0], jnp.float64))
+        assert log_prob64.dtype == jnp.float64
+        assert jax.eval_shape(lambda key: density(key, 3), jax.random.key(0)).dtype == jnp.float64
+        assert jax.eval_shape(density.log_prob, samples[0]).dtype == jnp.float32
+    np.testing.assert_allclose(log_prob[0], log_prob64, atol=1e-4)  # float32 squares
 
 
 def test_circles_match_the_bessel_form():
@@ -118,7 +120,8 @@ def test_circles_match_the_bessel_form():
     want = np.log(sum(scaled) / 2 * 100 / (2 * math.pi))
     with jax.enable_x64(True):
         points = jnp.stack([0.6 * radius, -0.8 * radius], axis=1)
-        np.testing.assert_allclose(jax.vmap(circles.log_prob)(points), want, atol=1e-8)
+        log_prob = jax.jit(jax.vmap(circles.log_prob))(points)
+    np.testing.assert_allclose(log_prob, want, atol=1e-8)
 
 
 @pytest.mark.parametrize(
@@ -136,16 +139,17 @@ def test_circles_match_the_bessel_form():
     ids=["two_moons", "swiss_roll", "two_spirals"],
 )
 def test_open_curves_match_a_fine_quadrature(density, arm, noise, symmetric):
-    """A midpoint rule of 100,000 nodes, error about 1e-8, against 256 Gauss–Legendre nodes."""
-    curve = np.stack(arm((np.arange(100_000) + 0.5) / 100_000), axis=1)
-    curve = np.concatenate([curve, -curve]) if symmetric else curve
+    """Against Simpson's rule on 20,001 nodes, whose error is about (spacing/noise)⁴ < 1e-8."""
+    curve = np.stack(arm(np.linspace(0, 1, 20_001)), axis=1)
     with jax.enable_x64(True):
         points = jax.random.uniform(jax.random.key(0), (20, 2), minval=-2.5, maxval=2.5)
-        got = np.asarray(jax.vmap(density.log_prob)(points))
-    squares = np.sum((np.asarray(points)[:, None] - curve[None]) ** 2, axis=2) / (2 * noise**2)
-    least = squares.min(axis=1, keepdims=True)
-    want = np.log(np.mean(np.exp(least - squares), axis=1) / (2 * np.pi * noise**2)) - least[:, 0]
-    np.testing.assert_allclose(got, want, atol=1e-6)
+        got = np.asarray(jax.jit(jax.vmap(density.log_prob))(points))
+    arms = [curve, -curve] if symmetric else [curve]
+    squares = [np.sum((np.asarray(points)[:, None] - arm[None]) ** 2, axis=2) for arm in arms]
+    prob = (
+        np.mean([simpson(np.exp(-s / (2 * noise**2)), axis=1) for s in squares], axis=0) / 20_000
+    )
+    np.testing.assert_allclose(got, np.log(prob / (2 * np.pi * noise**2)), atol=1e-6)
 
 
 def spiral(angle, pitch):
@@ -154,13 +158,14 @@ def spiral(angle, pitch):
 
 def test_pinwheel_twist_keeps_areas_and_radii():
     points = jax.random.normal(jax.random.key(4), (100, 2))
-    jacobians = jax.vmap(jax.jacfwd(lambda x: _twist(x, 0.35)))(points)
-    np.testing.assert_allclose(jnp.linalg.det(jacobians), 1, atol=1e-5)
-    turned = jax.vmap(lambda x: _twist(x, 0.35))(points)
-    norms = jnp.linalg.norm(points, axis=1)
-    np.testing.assert_allclose(jnp.linalg.norm(turned, axis=1), norms, rtol=1e-6)
-    angle = jnp.arctan2(turned[:, 1], turned[:, 0]) - jnp.arctan2(points[:, 1], points[:, 0])
-    np.testing.assert_allclose(jnp.cos(angle), jnp.cos(0.35 * norms**2), atol=1e-5)
+    jacobians = jax.jit(jax.vmap(jax.jacfwd(lambda x: _twist(x, 0.35))))(points)
+    np.testing.assert_allclose(np.linalg.det(jacobians), 1, atol=1e-5)
+    turned = np.asarray(jax.jit(jax.vmap(lambda x: _twist(x, 0.35)))(points))
+    points = np.asarray(points)
+    norms = np.linalg.norm(points, axis=1)
+    np.testing.assert_allclose(np.linalg.norm(turned, axis=1), norms, rtol=1e-6)
+    angle = np.arctan2(turned[:, 1], turned[:, 0]) - np.arctan2(points[:, 1], points[:, 0])
+    np.testing.assert_allclose(np.cos(angle), np.cos(0.35 * norms**2), atol=1e-5)
 
 
 def test_checkerboard_is_minus_infinity_off_the_board():
@@ -187,14 +192,14 @@ def test_digits_say_how_to_install_scikit_learn(monkeypatch):
 
 
 def table():
-    """A correlated table with a large offset in one column, which a naive float32 mean would lose."""
+    """Columns of unlike scales, one with an offset that a plain float32 sum would round."""
     x = jax.random.normal(jax.random.key(5), (4_096, 3)) * jnp.array([[0.1, 1.0, 30.0]])
     return x + jnp.array([[0.0, 1_000.0, -5.0]])
 
 
 def test_standardize_gives_zero_mean_and_unit_variance():
     x = table()
-    z = jax.vmap(standardize(x))(x)
+    z = np.asarray(jax.vmap(standardize(x))(x))
     # An entry of 1000 is rounded to 6e-5, and its column's mean likewise: 2e-4 covers both.
     np.testing.assert_allclose(np.mean(z, axis=0, dtype=np.float64), 0, atol=2e-4)
     np.testing.assert_allclose(np.std(z, axis=0, dtype=np.float64), 1, atol=2e-4)
@@ -212,7 +217,7 @@ def test_standardizer_inverts_and_knows_its_jacobian():
 
 
 def test_standardizer_takes_log_densities_to_data_units():
-    """For x ~ N(3, 2²): log N(z; 0, 1) + log_det is log N(x; mean, std²), whatever the sample's mean and std."""
+    """log N(z; 0, 1) + log_det = log N(x; mean, std²)."""
     x = 3 + 2 * jax.random.normal(jax.random.key(6), (500, 1))
     scale = standardize(x)
     got = jax.scipy.stats.norm.logpdf(scale(x[0]))[0] + scale.log_det
@@ -271,7 +276,7 @@ def test_every_epoch_is_a_permutation(num, batch_size):
 
 
 def test_epochs_and_keys_differ():
-    """Two uniform permutations of 1013 share about one place (Poisson): 10 has probability 1e-7."""
+    """Two uniform orders agree at a Poisson(1) number of places: 10 has probability 1e-7."""
     first, second = epochs(jax.random.key(0), 1_013, 1_013, 2)
     other = epochs(jax.random.key(1), 1_013, 1_013, 1)[0]
     for a, b in ((first, second), (first, other), (first, np.arange(1_013))):
@@ -280,7 +285,7 @@ def test_epochs_and_keys_differ():
 
 @pytest.mark.parametrize("num", [5, 12, 16])
 def test_orders_are_uniform(num):
-    """Each entry is equally often at each place, and each ordered pair equally often at the first two."""
+    """Each entry is as often at each place, and each ordered pair as often at the first two."""
     orders = epochs(jax.random.key(2), num, num, 20_000)
     places = np.stack([np.bincount(column, minlength=num) for column in orders.T])
     assert_counts(places, np.full((num, num), 20_000 / num), constraints=2 * num - 1)
@@ -291,7 +296,7 @@ def test_orders_are_uniform(num):
 
 
 def test_neighbours_in_the_data_are_spread():
-    """The step between successive entries of one long epoch is triangular, as for independent draws."""
+    """Gaps between successive entries are triangular, as between independent draws."""
     order = epochs(jax.random.key(3), 20_000, 20_000, 1)[0] / 20_000
     gaps = np.sort(np.abs(np.diff(order)))
     law = 1 - (1 - gaps) ** 2
@@ -300,26 +305,26 @@ def test_neighbours_in_the_data_are_spread():
 
 
 def test_batches_are_a_pure_function_of_key_and_step():
-    """Eager, jitted, in a scan and in a fori_loop, in any order of steps, without reusing a key."""
+    """Eager, jitted, in a scan and in a fori_loop, in any order, without reusing a key."""
     with jax.debug_key_reuse(True):
         batch = batches(jax.random.key(4), jnp.arange(50), 16)
-        eager = np.stack([batch(step) for step in reversed(range(8))])[::-1]
+        jitted = np.stack([jax.jit(batch)(step) for step in reversed(range(8))])[::-1]
         scanned = jax.lax.scan(lambda _, step: (None, batch(step)), None, jnp.arange(8))[1]
-        total = jax.lax.fori_loop(
-            0, 8, lambda step, total: total + batch(step), jnp.zeros(16, int)
-        )
-    np.testing.assert_array_equal(eager, scanned)
-    np.testing.assert_array_equal(eager.sum(axis=0), total)
+        total = jax.lax.fori_loop(0, 8, lambda i, total: total + batch(i), jnp.zeros(16, int))
+        eager = batch(3)
+    np.testing.assert_array_equal(jitted, scanned)
+    np.testing.assert_array_equal(np.sum(jitted, axis=0), total)
+    np.testing.assert_array_equal(eager, scanned[3])
 
 
 def test_batch_order_is_the_same_on_every_version():
-    batch = batches(jax.random.key(0), jnp.arange(10), 10)
-    np.testing.assert_array_equal(batch(0), [4, 9, 3, 7, 2, 0, 6, 8, 5, 1])
+    batch = jax.jit(batches(jax.random.key(0), jnp.arange(10), 10))
+    np.testing.assert_array_equal(batch(0), [2, 3, 7, 9, 1, 5, 0, 6, 8, 4])
 
 
 def test_labels_ride_along():
     data = {"x": np.arange(30.0).reshape(10, 3), "label": jnp.arange(10)}
-    batch = batches(jax.random.key(5), data, 4)(3)
+    batch = jax.jit(batches(jax.random.key(5), data, 4))(3)
     assert batch["x"].shape == (4, 3)
     np.testing.assert_array_equal(batch["x"][:, 0], 3.0 * batch["label"])
 
@@ -341,22 +346,21 @@ def test_batches_travel_through_jit_without_recompiling():
     assert len(traces) == 1
 
 
-@pytest.mark.parametrize("num", [1, 10, 10_000, 60_001, 2**24 + 1, 2**30])
-def test_long_runs_do_not_overflow(num):
-    rng = np.random.default_rng(0)
-    for factor in {1, max(1, num // 3), num}:
-        steps = np.append(
-            rng.integers(0, 2**32, 50, np.uint32), np.uint32([0, 1, 2**31, 2**32 - 1])
-        )
-        got = np.stack(
-            jax.vmap(lambda step: _divmod_product(step, factor, num))(jnp.asarray(steps))
-        )
-        want = np.array([divmod(int(step) * factor, num) for step in steps]).T
-        np.testing.assert_array_equal(got, want)
+@pytest.mark.parametrize(
+    ("num", "factor"),
+    [(1, 1), (10, 10), (10_000, 256), (60_001, 60_001), (2**24 + 1, 2**20), (2**30, 2**30)],
+)
+def test_long_runs_do_not_overflow(num, factor):
+    """Against Python's integers."""
+    steps = np.random.default_rng(0).integers(0, 2**32, 50, np.uint32)
+    steps = np.append(steps, np.uint32([0, 1, 2**31 - 1, 2**32 - 1]))
+    got = jax.jit(jax.vmap(lambda step: _divmod_product(step, factor, num)))(jnp.asarray(steps))
+    want = np.array([divmod(int(step) * factor, num) for step in steps]).T
+    np.testing.assert_array_equal(np.stack(got), want)
 
 
 def test_last_steps_hold_whole_epochs():
-    batch = batches(jax.random.key(6), jnp.arange(10), 10)
+    batch = jax.jit(batches(jax.random.key(6), jnp.arange(10), 10))
     for step in (jnp.int32(2**31 - 1), jnp.uint32(2**32 - 1)):
         np.testing.assert_array_equal(np.sort(batch(step)), np.arange(10))
 

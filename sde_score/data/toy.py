@@ -57,8 +57,8 @@ def _mixture(
 def _noisy_curves(curves: Callable[[Scalar], Float[Array, "m 2"]], noise: float) -> Density2D:
     """p(x) = (1/m) Σ_j ∫₀¹ N(x; c_j(u), noise² I) du: a uniform u on one of m curves, plus noise.
 
-    Gauss–Legendre in u serves open and closed curves alike: on at most 130 noise widths of arc,
-    256 nodes lie less than one width apart, where the relative error is at most about exp(−2π²).
+    Gauss–Legendre in u serves open and closed curves alike: 320 nodes on at most 130 noise widths
+    of arc. In float64 the error is below 1e-9 nats where log p > −20, and below 1e-4 in [−4, 4]².
     """
 
     def sample(key: Key) -> Point:
@@ -78,7 +78,7 @@ def _noisy_curves(curves: Callable[[Scalar], Float[Array, "m 2"]], noise: float)
 
 @functools.cache
 def _gauss_legendre() -> tuple[np.ndarray, np.ndarray]:
-    nodes, weights = np.polynomial.legendre.leggauss(256)
+    nodes, weights = np.polynomial.legendre.leggauss(320)
     return (nodes + 1) / 2, weights / 2
 
 

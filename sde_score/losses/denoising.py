@@ -41,6 +41,7 @@ def uniform_times(
     key: Key, sde: SDE, num: int
 ) -> tuple[Float[Array, " num"], Float[Array, " num"]]:
     """Independent times, uniform on [t0, t1]; their weights are 1."""
+    _check_draw(key, num)
     t = sde.t0 + (sde.t1 - sde.t0) * jax.random.uniform(key, (num,))
     return t, jnp.ones(num)
 
@@ -68,7 +69,13 @@ def likelihood_times(
 
 
 def _stratified(key: Key, num: int) -> Float[Array, " num"]:
+    _check_draw(key, num)
     return (jnp.arange(num) + jax.random.uniform(key, (num,))) / num
+
+
+def _check_draw(key: Key, num: int) -> None:
+    _checks.check_key(key)
+    _checks.check_count("num", num)
 
 
 def denoising_score_matching(
@@ -89,7 +96,7 @@ def denoising_score_matching(
     x_t, noise = perturb(key, sde, x0, t)
     sigma = sde.sigma(t)
     residual = sigma * _checks.call(score_fn, x_t, t) + noise
-    return 0.5 * weight(sde, t) / sigma**2 * jnp.sum(residual**2)
+    return 0.5 * _weigh(weight, sde, t) / sigma**2 * jnp.sum(residual**2)
 
 
 def dsm_loss(
@@ -132,7 +139,7 @@ def ism_loss(
 
     def objective(key: Key, score_fn: ScoreFn, x0: Array, t: Scalar) -> Scalar:
         x_t, _ = perturb(key, sde, x0, t)
-        return weight(sde, t) * implicit_score_matching(lambda x: score_fn(x, t), x_t)
+        return _weigh(weight, sde, t) * implicit_score_matching(lambda x: score_fn(x, t), x_t)
 
     return _batch_loss(key, objective, score_fn, sde, x0, context, times)
 
@@ -160,11 +167,15 @@ def ssm_loss(
         noise_key, probe_key = jax.random.split(key)
         x_t, _ = perturb(noise_key, sde, x0, t)
         directions = probes(probe_key, num_projections, x0.shape)
-        return weight(sde, t) * sliced_score_matching(
+        return _weigh(weight, sde, t) * sliced_score_matching(
             lambda x: score_fn(x, t), x_t, directions, variance_reduced=variance_reduced
         )
 
     return _batch_loss(key, objective, score_fn, sde, x0, context, times)
+
+
+def _weigh(weight: Weight, sde: SDE, t: Scalar) -> Scalar:
+    return _checks.check_scalar("weight", weight(sde, t), "(sde, t)")
 
 
 def _batch_loss(
@@ -181,9 +192,14 @@ def _batch_loss(
     """
     _checks.check_key(key)
     _checks.check_data("x0", x0)
+    x0 = jnp.asarray(x0)
+    if x0.ndim == 0:
+        raise _checks.ArgumentError(
+            "`x0` must be a batch of examples; got shape (). Give x0 of shape (B, *event)."
+        )
     for leaf in jax.tree.leaves(context):
         _checks.check_shape(
-            "context", leaf.shape[:1], x0.shape[:1], "Each leaf needs the batch axis of `x0`."
+            "context", jnp.shape(leaf)[:1], x0.shape[:1], "Each leaf needs the batch axis of `x0`."
         )
     time_key, example_key = jax.random.split(key)
     t, importance = times(time_key, sde, x0.shape[0])

@@ -16,14 +16,14 @@ def explicit_score_matching(
     score_fn: ScoreFn, true_score: ScoreFn, x: Float[Array, "*event"]
 ) -> Scalar:
     """½‖s(x) − ∇log p(x)‖², the Fisher divergence's integrand, where the true score is known."""
-    _checks.check_floating("x", x)
+    _checks.check_data("x", x)
     difference = _checks.call(score_fn, x) - _checks.call(true_score, x, name="true_score")
     return 0.5 * jnp.sum(difference**2)
 
 
 def implicit_score_matching(score_fn: ScoreFn, x: Float[Array, "*event"]) -> Scalar:
     """tr(∂s/∂x) + ½‖s‖², with the exact trace (Hyvärinen 2005, eq. 4)."""
-    _checks.check_floating("x", x)
+    _checks.check_data("x", x)
     score, trace = divergence(score_fn, x)
     return trace + 0.5 * jnp.sum(score**2)
 
@@ -40,7 +40,7 @@ def sliced_score_matching(
 
     Both need E[v vᵀ] = I, as `rademacher_probes` and `gaussian_probes` have.
     """
-    _checks.check_floating("x", x)
+    _checks.check_data("x", x)
     score, products = jacobian_products(score_fn, x, probes)
     trace = sum(jnp.sum(v * jv) for v, jv in zip(probes, products, strict=True)) / len(products)
     if variance_reduced:

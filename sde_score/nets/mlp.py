@@ -24,10 +24,24 @@ class MLP(nn.Module):
     dropout: float = 0.0
     dtype: jnp.dtype | None = None
 
+    def __post_init__(self) -> None:
+        _checks.check_count("width", self.width)
+        _checks.check_count("depth", self.depth)
+        if not 0.0 <= self.dropout < 1.0:
+            raise _checks.ArgumentError(
+                f"`dropout` must be at least 0 and below 1; got {self.dropout}. It is the "
+                "fraction of features left out."
+            )
+        super().__post_init__()
+
     @nn.compact
     def __call__(
         self, x: Float[Array, "*event"], t: Scalar, dropout_key: Key | None = None
     ) -> Float[Array, "*event"]:
+        _checks.check_floating("x", x)
+        _checks.check_scalar_time(t)
+        if dropout_key is not None:
+            _checks.check_key(dropout_key, "dropout_key")
         dense = lambda features, **kwargs: nn.Dense(features, dtype=self.dtype, **kwargs)  # noqa: E731
         features = fourier_embedding(t, geometric_frequencies(16, 0.05, 10.0)).astype(x.dtype)
         embedding = nn.swish(dense(self.width, name="embed")(features))
@@ -45,6 +59,5 @@ class MLP(nn.Module):
 
 
 def _dropout(key: Key, x: Array, rate: float) -> Array:
-    _checks.check_key(key, "dropout_key")
     keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
     return jnp.where(keep, x / (1.0 - rate), 0.0)

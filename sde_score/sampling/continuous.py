@@ -33,7 +33,7 @@ def solve_sde(
     finish: Finish | None = denoise,
     saveat: Float[Array, " m"] | None = None,
     adjoint: diffrax.AbstractAdjoint | None = None,
-    brownian_tol: float | None = None,
+    brownian_tol: Scalar | None = None,
 ) -> Solution:
     """One sample of the reverse SDE dx = [f − g² s] dt + g dw̄ (Song et al. 2021, eq. 6), by
     Euler's method by default.
@@ -59,7 +59,7 @@ def solve_sde(
         stop,
         solver=solver or (diffrax.ShARK() if adaptive else diffrax.Euler()),
         control=control,
-        saveat=_check_saveat(saveat, sde, x),
+        saveat=_check_saveat(saveat, start, stop),
         adjoint=adjoint,
         brownian_tol=brownian_tol,
     )
@@ -97,7 +97,7 @@ def solve_ode(
         stop,
         solver=solver or diffrax.Dopri5(),
         control=Control(ts, rtol, atol, max_steps),
-        saveat=_check_saveat(saveat, sde, x),
+        saveat=_check_saveat(saveat, start, stop),
         adjoint=adjoint,
     )
     return _finished(solution, finish, score_fn, sde, stop)
@@ -132,21 +132,40 @@ def probability_flow(
     adjoint: diffrax.AbstractAdjoint | None = None,
 ) -> Float[Array, "*event"]:
     """x moved along the probability-flow ODE from time `start` to `stop`: t0 → t1 encodes, t1 → t0
-    decodes.
+    decodes. A grid `ts` runs from `start` to `stop` too.
     """
     _checks.check_data("x", x)
     for name, t in (("start", start), ("stop", stop)):
         _checks.check_time(name, t, sde)
+    x = jnp.asarray(x)
+    start, stop = jnp.asarray(start, x.dtype), jnp.asarray(stop, x.dtype)
     return diffeq.solve_ode(
         flow_field,
         x,
         (travelling(score_fn), sde),
-        jnp.asarray(start, x.dtype),
-        jnp.asarray(stop, x.dtype),
+        start,
+        stop,
         solver=solver or diffrax.Dopri5(),
-        control=Control(None if ts is None else jnp.asarray(ts, x.dtype), rtol, atol, max_steps),
+        control=Control(_check_ends(ts, start, stop), rtol, atol, max_steps),
         adjoint=adjoint,
     ).x
+
+
+def _check_ends(ts: Array | None, start: Array, stop: Array) -> Array | None:
+    if ts is None:
+        return None
+    ts = jnp.asarray(ts, start.dtype)
+    wrong = _checks.is_concrete(ts, start, stop) and not (
+        ts.size >= 2
+        and bool((ts[0] == start) & (ts[-1] == stop))
+        and bool(jnp.all(jnp.sign(jnp.diff(ts)) == jnp.sign(stop - start)))
+    )
+    if ts.ndim != 1 or wrong:
+        raise _checks.ArgumentError(
+            f"`ts` must be a grid that runs from start={start} to stop={stop}; got "
+            f"{_checks.describe(ts)}. Reverse uniform_grid(sde, num_steps) to encode."
+        )
+    return ts
 
 
 def _prepare(
@@ -161,11 +180,19 @@ def _prepare(
     return jnp.asarray(start, x.dtype), jnp.asarray(stop, x.dtype), ts, x
 
 
-def _check_saveat(saveat: Array | None, sde: SDE, x: Array) -> Array | None:
+def _check_saveat(saveat: Array | None, start: Array, stop: Array) -> Array | None:
     if saveat is None:
         return None
-    _checks.check_grid(saveat, sde)
-    return jnp.asarray(saveat, x.dtype)
+    saveat = jnp.asarray(saveat, start.dtype)
+    wrong = _checks.is_concrete(saveat, start, stop) and not bool(
+        jnp.all(jnp.diff(saveat) < 0) & jnp.all((saveat <= start) & (saveat >= stop))
+    )
+    if saveat.ndim != 1 or saveat.size == 0 or wrong:
+        raise _checks.ArgumentError(
+            f"`saveat` must be an array of decreasing times from {start} at most to {stop} at "
+            f"least, the solve's ends; got {_checks.describe(saveat)}. Sort or clip it."
+        )
+    return saveat
 
 
 def _finished(

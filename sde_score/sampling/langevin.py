@@ -18,6 +18,7 @@ def langevin_sample(
     """
     _checks.check_key(key)
     _checks.check_data("x", x)
+    x = jnp.asarray(x)
     _checks.check_count("num_steps", num_steps)
     _checks.check_positive("step_size", step_size)
 

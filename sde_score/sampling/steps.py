@@ -11,7 +11,6 @@ from jaxtyping import Array, Float
 
 from sde_score import _checks
 from sde_score._typing import SDE, Key, Scalar, ScoreFn
-from sde_score.parameterization import denoise
 from sde_score.sde import log_snr, reverse_drift
 
 Event = Float[Array, "*event"]
@@ -48,12 +47,14 @@ def ancestral(key: Key, score_fn: ScoreFn, sde: SDE, x_t: Event, t: Scalar, s: S
     """A draw of p(x_s | x_t, x_0 = E[x_0 | x_t]): DDPM with the posterior variance (Ho et al.
     2020, eq. 7), weak order 1.
 
-    With r = exp(log_snr(t) − log_snr(s)), x_s = alpha_s x̂_0 + sigma_s (√r ẑ + √(1 − r) z).
+    With r = exp(log_snr(t) − log_snr(s)) and x̂_0 = (x_t − sigma_t ẑ)/alpha_t,
+    x_s = alpha_s x̂_0 + sigma_s (√r ẑ + √(1 − r) z).
     """
-    ratio = log_snr(sde, t) - log_snr(sde, s)
-    kept = jnp.exp(0.5 * ratio) * _noise(score_fn, sde, x_t, t)
-    fresh = jnp.sqrt(-jnp.expm1(ratio)) * jax.random.normal(key, x_t.shape, x_t.dtype)
-    return sde.alpha(s) * denoise(score_fn, sde, x_t, t) + sde.sigma(s) * (kept + fresh)
+    log_r = log_snr(sde, t) - log_snr(sde, s)
+    noise = _noise(score_fn, sde, x_t, t)
+    x0 = (x_t - sde.sigma(t) * noise) / sde.alpha(t)
+    fresh = jnp.sqrt(-jnp.expm1(log_r)) * jax.random.normal(key, x_t.shape, x_t.dtype)
+    return sde.alpha(s) * x0 + sde.sigma(s) * (jnp.exp(0.5 * log_r) * noise + fresh)
 
 
 def _noise(score_fn: ScoreFn, sde: SDE, x: Event, t: Scalar) -> Event:

@@ -34,7 +34,8 @@ def init_train_state(params: Params, optimizer: optax.GradientTransformation) ->
         raise _checks.ArgumentError(
             "`params` must have at least one array. Initialise the network first."
         )
-    params = jax.tree.map(jnp.copy, params)
+    # A weak type (that of jnp.array(1.0)) would become strong in the first step: a recompilation.
+    params = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.result_type(leaf)), params)
     ema_params = jax.tree.map(_float32_copy, params)
     return TrainState(jnp.zeros((), jnp.int32), params, ema_params, optimizer.init(params))
 

@@ -1,0 +1,3 @@
+"""Benchmarks: each module prints one JSON line per measurement; run one as `python -m
+benchmarks.NAME`.
+"""

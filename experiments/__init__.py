@@ -1,0 +1,1 @@
+"""Experiments: run one as `python -m experiments.NAME --help`."""

@@ -1,0 +1,125 @@
+"""Every experiment runs quickly, writes what it says, and leaves nothing behind when it fails."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import nbformat
+import numpy as np
+import pytest
+from nbclient import NotebookClient
+
+import sde_score as ss
+from experiments import digits, toy_2d
+from experiments._run import results_folder
+
+ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.diffrax_keys
+
+
+@pytest.fixture(scope="module", params=[digits, toy_2d], ids=["digits", "toy_2d"])
+def run(request, tmp_path_factory):
+    """One quick run of an experiment: the module, its metrics and its folder."""
+    out = tmp_path_factory.mktemp("runs") / "nested" / "run"
+    config = dataclasses.replace(request.param.QUICK, num_steps=100, num_samples=300, out=out)
+    with jax.debug_key_reuse(False):
+        return request.param, request.param.main(config), out
+
+
+def test_results_are_written_and_flat(run):
+    module, metrics, out = run
+    assert json.loads((out / "metrics.json").read_text()) == pytest.approx(metrics)
+    assert all(isinstance(value, float | int) for value in metrics.values())
+    assert all(np.isfinite(value) for value in metrics.values())
+    assert json.loads((out / "config.json").read_text())["num_steps"] == 100
+    names = {path.name for path in out.iterdir()}
+    assert {"score.safetensors", "metrics.json", "config.json"} < names
+    assert not any(name.startswith(".") for name in names)
+
+
+def test_saved_parameters_load_into_the_network(run):
+    module, _, out = run
+    params, metadata = ss.load_params(out / "score.safetensors")
+    net = ss.nets.MLP(metadata["width"], metadata["depth"])
+    shape = (8, 8, 1) if module is digits else (2,)
+    assert net.apply(params, np.ones(shape, np.float32), 0.5).shape == shape
+
+
+def test_digits_reports_what_it_promises(run):
+    module, metrics, _ = run
+    if module is not digits:
+        pytest.skip("digits only")
+    promised = "bits_per_dim bits_per_dim_stderr gmm_bits_per_dim c2st c2st_stderr"
+    timing = "train_seconds total_seconds"
+    assert {*promised.split(), *timing.split()} <= metrics.keys()
+    assert metrics["prior_term"] < 1e-4 and metrics["tolerance_term"] < 0.01
+    assert 2.4 < metrics["gmm_bits_per_dim"] < 2.9  # 10 components; 2.58 was measured elsewhere
+
+
+def test_levels_and_model_values_invert_each_other():
+    images = ss.data.digits().test.images
+    x = digits.to_model(jax.random.key(0), images)
+    assert -1 <= float(x.min()) and float(x.max()) < 1
+    np.testing.assert_array_equal(digits.to_levels(x), images)
+
+
+def test_a_failed_run_leaves_nothing(tmp_path):
+    config = dataclasses.replace(toy_2d.QUICK, num_steps=0, out=tmp_path / "run")
+    with pytest.raises(ValueError, match="`num_steps`"):
+        toy_2d.main(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_output_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="`out` must be a folder that can be written; got .*file"):
+        with results_folder(tmp_path / "file" / "run", toy_2d.QUICK):
+            pass
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["--help"], 0, ["--data", "--quick", "sde:ve", "--num-steps"]),
+        (["--data", "three_moons"], 2, ["two_moons", "three_moons"]),
+        (
+            ["--quick", "--num-steps", "0"],
+            1,
+            ["`num_steps` must be a Python integer of at least 1; got 0"],
+        ),
+        (["sde:ve", "--sde.sigma-min", "60"], 2, ["`sigma_min` must be below `sigma_max`"]),
+    ],
+)
+def test_the_command_line(tmp_path, arguments, code, words):
+    # Options of the configuration come before the name of the SDE, a subcommand.
+    command = [
+        sys.executable,
+        "-m",
+        "experiments.toy_2d",
+        "--out",
+        str(tmp_path / "run"),
+        *arguments,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)  # noqa: S603
+    text = " ".join((done.stdout + done.stderr).split())
+    assert done.returncode == code, text
+    assert all(word in text for word in words), text
+    assert "Traceback" not in text
+
+
+def test_the_notebook_runs(tmp_path):
+    notebook = nbformat.read(ROOT / "experiments" / "quickstart.ipynb", as_version=4)
+    for cell in notebook.cells:
+        cell.source = cell.source.replace("NUM_STEPS = 3_000", "NUM_STEPS = 300")
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(ROOT)}}).execute()
+    printed = "".join(
+        output.get("text", "")
+        for cell in notebook.cells
+        if cell.cell_type == "code"
+        for output in cell.outputs
+    )
+    assert "nats from the truth" in printed

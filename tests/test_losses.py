@@ -1,0 +1,459 @@
+"""Score matching: identities between the objectives, their minima, the laws of their times and
+their inputs.
+"""
+
+import itertools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import mixture
+from jax.tree_util import Partial
+from test_sde import sdes, within
+
+from sde_score import (
+    VP,
+    GaussianMixture,
+    denoising_score_matching,
+    dsm_loss,
+    explicit_score_matching,
+    gaussian_probes,
+    implicit_score_matching,
+    ism_loss,
+    likelihood_times,
+    likelihood_weight,
+    log_snr,
+    marginal,
+    noise_weight,
+    sliced_score_matching,
+    ssm_loss,
+    stratified_times,
+    uniform_times,
+)
+
+MATRIX = np.array([[-0.9, 0.4], [-0.2, -0.5]])
+SIGNS = np.array(list(itertools.product([-1.0, 1.0], repeat=2)))
+
+
+def linear(x, t=0.0):
+    return jnp.asarray(MATRIX, x.dtype) @ x + 0.3 + t
+
+
+def bent(x, t=0.0):
+    """A nonlinear score with a full, asymmetric Jacobian."""
+    return jnp.tanh(jnp.asarray(MATRIX, x.dtype).T @ x + t) - 0.3 * x * x[::-1]
+
+
+MODELS = {"linear": linear, "bent": bent}
+models = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+LOSSES = {"dsm": dsm_loss, "ism": ism_loss, "ssm": ssm_loss}
+losses = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+
+
+@sdes
+def test_denoising_less_implicit_is_a_constant(sde, x64):
+    """E[DSM] − E[ISM] = ½ d E_t[weight/sigma²] for every model: d/2 with the noise weight, ½ d
+    (log_snr(t0) − log_snr(t1))/(t1 − t0) with the likelihood weight.
+
+    The two losses draw the same times and noise from the same key, so their difference is paired.
+    """
+    x0 = jnp.asarray(np.random.default_rng(0).normal(size=(32, 2)))
+
+    @jax.jit
+    @jax.vmap
+    def differences(key):
+        def pair(model, **options):
+            return dsm_loss(key, model, sde, x0, **options) - ism_loss(
+                key, model, sde, x0, **options
+            )
+
+        likelihood = {"weight": likelihood_weight, "times": likelihood_times}
+        return jnp.stack(
+            [pair(linear), pair(bent), pair(linear, **likelihood), pair(bent, **likelihood)]
+        )
+
+    with jax.debug_key_reuse(False):  # common random numbers are the point
+        got = np.asarray(differences(jax.random.split(jax.random.key(0), 500)))
+    slope = (log_snr(sde, sde.t0) - log_snr(sde, sde.t1)) / (sde.t1 - sde.t0)
+    within(got, np.array([1.0, 1.0, slope, slope]))
+    within(got[:, 0] - got[:, 1], 0.0)
+    # A constant that is found to a few per cent: a missing ½ or a flipped sign is far away.
+    assert np.all(got[:, :2].std(0) / np.sqrt(len(got)) < 0.05)
+
+
+@sdes
+def test_denoising_objective_closed_form(sde, x64):
+    """With s = −(c/sigma) x and x_0 = 0 the residual is (1 − c) z, so the mean is ½ (1 − c)² d
+    weight/sigma².
+    """
+    t, x0 = 0.3, jnp.zeros(3)
+    sigma = sde.sigma(t)
+    keys = jax.random.split(jax.random.key(1), 4_000)
+
+    def draw(c, weight):
+        score = lambda x, t: -c * x / sigma**2  # noqa: E731
+        return jax.vmap(
+            lambda key: denoising_score_matching(key, score, sde, x0, t, weight=weight)
+        )(keys)
+
+    within(draw(0.4, noise_weight), 0.5 * 0.36 * 3)
+    with jax.debug_key_reuse(False):
+        within(draw(-1.0, noise_weight), 0.5 * 4.0 * 3)  # the flipped sign costs 4 × ½ d
+        squared = float(sde.diffusion(t) ** 2 / sigma**2)
+        within(draw(0.4, likelihood_weight), 0.5 * 0.36 * 3 * squared)
+        np.testing.assert_allclose(draw(1.0, noise_weight), 0.0, atol=1e-28)
+
+
+@models
+def test_implicit_is_the_trace_plus_half_the_square(model, x64):
+    x = jnp.asarray([0.7, -1.2])
+    want = np.trace(jax.jacfwd(model)(x)) + 0.5 * np.sum(np.asarray(model(x)) ** 2)
+    np.testing.assert_allclose(implicit_score_matching(model, x), want, rtol=1e-13)
+
+
+@models
+@pytest.mark.parametrize("variance_reduced", [False, True])
+def test_sliced_over_all_signs_is_implicit(model, variance_reduced, x64):
+    """Over all 2^d sign vectors E[v vᵀ] = I exactly."""
+    for x in jnp.asarray([[0.7, -1.2], [2.0, 0.1]]):
+        sliced = sliced_score_matching(
+            model, x, jnp.asarray(SIGNS), variance_reduced=variance_reduced
+        )
+        np.testing.assert_allclose(sliced, implicit_score_matching(model, x), rtol=1e-12)
+
+
+def test_sliced_is_implicit_in_expectation(x64):
+    """With Gaussian probes, plain and variance-reduced; and the latter has less variance."""
+    x = jnp.asarray([0.7, -1.2])
+    keys = jax.random.split(jax.random.key(2), 5_000)
+
+    @jax.jit
+    @jax.vmap
+    def draw(key):
+        v = gaussian_probes(key, 2, x.shape)
+        plain = sliced_score_matching(bent, x, v, variance_reduced=False)
+        return jnp.stack([sliced_score_matching(bent, x, v), plain])
+
+    got = np.asarray(draw(keys))
+    within(got, float(implicit_score_matching(bent, x)))
+    assert got[:, 0].var() < got[:, 1].var()
+
+
+def test_explicit_is_implicit_plus_half_the_fisher_information(x64):
+    """E[½‖s − ∇log p‖²] = E[tr ∂s + ½‖s‖²] + ½ E‖∇log p‖² (Hyvärinen 2005, thm 1), by the
+    trapezoidal rule over a mixture, which converges faster than any power.
+    """
+    gmm = GaussianMixture(*mixture(np.float64))
+    axis = np.linspace(-5.0, 5.0, 161)
+    grid = np.stack(np.meshgrid(axis, axis, indexing="ij"), axis=-1).reshape(-1, 2)
+
+    @jax.jit
+    @jax.vmap
+    def integrands(x):
+        zero = lambda x: jnp.zeros_like(x)  # noqa: E731
+        values = [explicit_score_matching(zero, gmm.score, x)]  # ½‖∇log p‖²
+        for model in MODELS.values():
+            values += [
+                explicit_score_matching(model, gmm.score, x),
+                implicit_score_matching(model, x),
+            ]
+        return jnp.exp(gmm.log_prob(x)) * jnp.stack(values)
+
+    total = np.sum(np.asarray(integrands(grid)), axis=0) * (axis[1] - axis[0]) ** 2
+    fisher, explicit, implicit = total[0], total[1::2], total[2::2]
+    np.testing.assert_allclose(explicit, implicit + fisher, rtol=1e-9)
+    assert fisher > 1.0  # the constant is no rounding error
+
+
+MEAN, COVARIANCE = np.array([0.5, -0.3]), np.array([[0.5, 0.2], [0.2, 0.8]])
+
+
+@pytest.mark.parametrize("name", ["implicit", "sliced", "sliced, plain", "explicit"])
+def test_minimum_on_gaussian_data_is_the_true_score(name, x64):
+    """For s = A(x − b) each integrand is quadratic in x, so the 2d points MEAN ± √d √C e_i give
+    its exact expectation: the gradient vanishes at A = −C⁻¹, b = MEAN.
+    """
+    root = np.linalg.cholesky(COVARIANCE)
+    points = jnp.asarray(MEAN + np.sqrt(2.0) * np.concatenate([root.T, -root.T]))
+    precision = np.linalg.inv(COVARIANCE)
+    truth = lambda x: -jnp.asarray(precision) @ (x - MEAN)  # noqa: E731
+    signs = jnp.asarray(SIGNS)
+    objective = {
+        "implicit": implicit_score_matching,
+        "sliced": lambda s, x: sliced_score_matching(s, x, signs),
+        "sliced, plain": lambda s, x: sliced_score_matching(s, x, signs, variance_reduced=False),
+        "explicit": lambda s, x: explicit_score_matching(s, truth, x),
+    }[name]
+
+    @jax.jit
+    def loss_and_gradient(matrix, centre):
+        loss = lambda matrix, centre: jnp.mean(  # noqa: E731
+            jax.vmap(lambda x: objective(lambda x: matrix @ (x - centre), x))(points)
+        )
+        return jax.value_and_grad(loss, argnums=(0, 1))(matrix, centre)
+
+    least, gradient = loss_and_gradient(-precision, MEAN)
+    for leaf in gradient:
+        np.testing.assert_allclose(leaf, 0.0, atol=1e-13)
+    # −½ tr C⁻¹ is the implicit objective's least value, 0 the explicit one's
+    want = 0.0 if name == "explicit" else -0.5 * np.trace(precision)
+    np.testing.assert_allclose(least, want, atol=1e-12)
+    for factor in (-1.0, 0.5, 2.0):  # a sign or a ½ gone wrong would move the minimum here
+        higher, gradient = loss_and_gradient(-factor * precision, MEAN)
+        assert higher > least + 0.1 and np.max(np.abs(gradient[0])) > 0.1
+
+
+@losses
+def test_minimum_over_an_sde_is_the_score_of_the_marginals(loss, x64):
+    """On Gaussian data, for s = factor · (A-scaled exact score): the mean gradient is within 5
+    standard errors of 0 at the truth, and more than 20 away at half of it.
+    """
+    sde = VP(t0=1e-3)
+    gmm = GaussianMixture(np.ones(1), MEAN[None], COVARIANCE[None])
+
+    def model(params, x, t):
+        matrix, centre = params
+        law = marginal(gmm, sde, t)
+        return -matrix @ jnp.linalg.inv(law.covariances[0]) @ (x - sde.alpha(t) * centre)
+
+    @jax.jit
+    def gradients(params, keys):
+        def one(key):
+            data_key, loss_key = jax.random.split(key)
+            x0 = jax.vmap(gmm.sample)(jax.random.split(data_key, 64))
+            fit = lambda params: loss(loss_key, Partial(model, params), sde, x0)  # noqa: E731
+            matrix, centre = jax.grad(fit)(params)
+            return jnp.concatenate([matrix.ravel(), centre])
+
+        return jax.vmap(one)(keys)
+
+    split = lambda: jax.random.split(jax.random.key(3), 400)  # noqa: E731
+    within(gradients((jnp.eye(2), jnp.asarray(MEAN)), split()), 0.0)
+    half = np.asarray(gradients((0.5 * jnp.eye(2), jnp.asarray(MEAN)), split()))
+    assert np.all(
+        np.abs(half.mean(0)) > 20.0 * half.std(0) / np.sqrt(400), where=[1, 0, 0, 1, 0, 0]
+    )
+
+
+@sdes
+def test_laws_of_time(sde, x64):
+    """Stratified times have one in each nth of [t0, t1], likelihood times in each nth of the
+    log-SNR; both cover their ranges.
+    """
+    n, length = 50, sde.t1 - sde.t0
+    t, weight = stratified_times(jax.random.key(4), sde, n)
+    np.testing.assert_array_equal(np.floor((t - sde.t0) / length * n), np.arange(n))
+    np.testing.assert_array_equal(weight, 1.0)
+    t, weight = likelihood_times(jax.random.key(5), sde, n)
+    highest, lowest = log_snr(sde, sde.t0), log_snr(sde, sde.t1)
+    position = (log_snr(sde, t) - lowest) / (highest - lowest)
+    np.testing.assert_array_equal(np.floor(position * n), np.arange(n))
+    # weight = 1/((t1 − t0) density), with density −d log_snr/dt over its range
+    density = -jax.vmap(jax.grad(lambda t: log_snr(sde, t)))(t) / (highest - lowest)
+    np.testing.assert_allclose(weight * length * density, 1.0, rtol=1e-10)
+    t, weight = uniform_times(jax.random.key(6), sde, 20_000)
+    within((t - sde.t0) / length, 0.5)
+    within(((t - sde.t0) / length - 0.5) ** 2, 1.0 / 12.0)
+    assert sde.t0 <= np.min(t) and np.max(t) <= sde.t1 and np.all(weight == 1.0)
+
+
+@sdes
+def test_times_share_one_expectation(sde, x64):
+    """weight · h(t) has the mean of h over [t0, t1] under every law: (t1⁴ − t0⁴)/(4 (t1 − t0))
+    for h = t³. So have the losses.
+    """
+    keys = jax.random.split(jax.random.key(7), 600)
+    x0 = jnp.asarray(np.random.default_rng(1).normal(size=(16, 2)))
+
+    @jax.jit
+    @jax.vmap
+    def draw(key):
+        powers, values = [], []
+        keys = jax.random.split(key, 6)
+        for i, times in enumerate((uniform_times, stratified_times, likelihood_times)):
+            t, weight = times(keys[i], sde, 32)
+            powers.append(jnp.mean(weight * t**3))
+            values.append(dsm_loss(keys[3 + i], bent, sde, x0, times=times))
+        return jnp.stack(powers), jnp.stack(values)
+
+    powers, values = (np.asarray(leaf) for leaf in draw(keys))
+    within(powers, (sde.t1**4 - sde.t0**4) / (4.0 * (sde.t1 - sde.t0)))
+    assert powers[:, 1].std() < 0.1 * powers[:, 0].std()  # what strata are for
+    within(values[:, 1] - values[:, 0], 0.0)
+    within(values[:, 2] - values[:, 0], 0.0)
+
+
+@sdes
+def test_weights(sde, x64):
+    np.testing.assert_allclose(noise_weight(sde, 0.3), sde.sigma(0.3) ** 2, rtol=1e-15)
+    np.testing.assert_allclose(likelihood_weight(sde, 0.3), sde.diffusion(0.3) ** 2, rtol=1e-15)
+
+
+@losses
+def test_a_loss_is_linear_in_its_weight(loss):
+    x0 = jnp.asarray(np.random.default_rng(2).normal(size=(8, 2)), jnp.float32)
+    run = lambda weight: loss(jax.random.key(8), bent, VP(), x0, weight=weight)  # noqa: E731
+    tripled = run(lambda sde, t: 3.0 * noise_weight(sde, t))
+    np.testing.assert_allclose(tripled, 3.0 * run(noise_weight), rtol=1e-5)  # float32
+
+
+def test_labels_reach_the_score_with_their_example(x64):
+    """For data that sit at their class's mean, the conditional score −(x − alpha m_c)/sigma² makes
+    the loss exactly 0; a label that belongs to a neighbour does not.
+    """
+    sde, means = VP(), jnp.asarray([[1.0, 2.0], [-1.0, 0.5], [3.0, -2.0]])
+    labels = jnp.array([2, 0, 1, 1, 0, 2])
+
+    def score(x, t, label):
+        return -(x - sde.alpha(t) * means[label]) / sde.sigma(t) ** 2
+
+    loss = lambda labels: dsm_loss(  # noqa: E731
+        jax.random.key(9), score, sde, means[jnp.array([2, 0, 1, 1, 0, 2])], context=labels
+    )
+    # (alpha m − x_t)/sigma rounds to 1e-16/sigma(t), squared
+    assert loss(labels) < 1e-20
+    assert loss(labels[::-1]) > 0.1
+
+
+@losses
+def test_examples_do_not_see_their_neighbours(loss):
+    """d loss/d context_i is example i's own contribution: another neighbour or a smaller batch
+    changes none, bit for bit but for the mean's 1/B.
+    """
+    x0 = jnp.asarray(np.random.default_rng(3).normal(size=(8, 2)), jnp.float32)
+
+    def contributions(x0):
+        scaled = lambda x, t, c: c["scale"] * bent(x, t)  # noqa: E731
+        total = lambda c: loss(jax.random.key(10), scaled, VP(), x0, context=c)  # noqa: E731
+        return np.asarray(jax.grad(total)({"scale": jnp.ones(len(x0))})["scale"])
+
+    whole = contributions(x0)
+    other = contributions(x0.at[0].add(1.0))
+    np.testing.assert_array_equal(other[1:], whole[1:])
+    assert other[0] != whole[0] and len(set(whole)) == 8
+    np.testing.assert_allclose(contributions(x0[:4]) * 4, whole[:4] * 8, rtol=1e-6)
+
+
+@losses
+def test_dropout_keys_reach_the_score(loss):
+    """One key for each example: the same keys repeat the loss, others change it."""
+    x0 = jnp.ones((4, 2))
+
+    def score(x, t, key):
+        return linear(x, t) * jax.random.bernoulli(key, 0.5, x.shape)
+
+    def run(seed):
+        keys = jax.random.split(jax.random.key(seed), 4)
+        return float(loss(jax.random.key(11), score, VP(), x0, context=keys))
+
+    assert run(0) == run(0) != run(1)
+
+
+def test_gradient_against_central_differences(x64):
+    x0 = jnp.asarray(np.random.default_rng(4).normal(size=(16, 2)))
+
+    @jax.jit
+    def loss(params):
+        score = lambda x, t: jnp.tanh(params[0] @ x + t) @ params[1]  # noqa: E731
+        return dsm_loss(jax.random.key(12), score, VP(), x0)
+
+    params = jnp.asarray(np.random.default_rng(5).normal(size=(2, 2, 2)))
+    gradient, h = jax.grad(loss)(params), 1e-5
+    for index in np.ndindex(params.shape):
+        # truncation h² = 1e-10 relative, rounding 1e-16/h = 1e-11
+        finite = (loss(params.at[index].add(h)) - loss(params.at[index].add(-h))) / (2.0 * h)
+        np.testing.assert_allclose(gradient[index], finite, rtol=1e-6)
+
+
+@losses
+def test_new_parameters_and_sdes_do_not_retrace(loss):
+    chex.clear_trace_counter()
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def run(key, scale, sde, x0):
+        return loss(key, lambda x, t: scale * linear(x, t), sde, x0)
+
+    pairs = ((jnp.float32(1.0), VP()), (jnp.float32(2.0), VP(beta_max=10.0)))
+    first, second = (float(run(jax.random.key(13), *pair, jnp.ones((4, 2)))) for pair in pairs)
+    assert first != second
+
+
+@losses
+def test_data_that_a_traced_function_closes_over(loss):
+    """Constants of a jitted loss are checked while tracing, and found good."""
+    x0 = np.ones((4, 2), np.float32)
+    inside = jax.jit(lambda key: loss(key, linear, VP(), x0))(jax.random.key(14))
+    outside = loss(jax.random.key(14), linear, VP(), jnp.asarray(x0))
+    np.testing.assert_allclose(inside, outside, rtol=1e-5)  # float32, fused otherwise
+    with pytest.raises(ValueError, match="`x0` must be finite"):
+        jax.jit(lambda key: loss(key, linear, VP(), x0 * np.inf))(jax.random.key(14))
+
+
+def run(loss, x0=np.ones((4, 2), np.float32), score=linear, key=None, **options):  # noqa: B008
+    return loss(jax.random.key(0) if key is None else key, score, VP(), x0, **options)
+
+
+BAD = {
+    "raw key": ({"key": jax.random.PRNGKey(0)}, "`key` must be a typed key; got uint32"),
+    "integers": ({"x0": np.ones((4, 2), int)}, "`x0` must be floating point; got int"),
+    "nan": ({"x0": np.full((4, 2), np.nan)}, "`x0` must be finite; 8 of its 8 values are nan"),
+    "empty": ({"x0": np.ones((0, 2))}, r"`x0` must not be empty; got shape \(0, 2\)"),
+    "one number": ({"x0": np.ones(())}, r"`x0` must be a batch of examples; got shape \(\)"),
+    "context": (
+        {"context": np.ones(3), "score": lambda x, t, c: x},
+        r"`context` must have shape \(4,\); got \(3,\). Each leaf needs the batch axis",
+    ),
+    "scalar context": (
+        {"context": 1.0, "score": lambda x, t, c: x},
+        r"`context` must have shape \(4,\); got \(\)",
+    ),
+    "batched network": (
+        {"score": lambda x, t: x[:, :1]},
+        r"`score_fn` failed on one example.*\n.*x of shape \(2,\).*net\(x\[None\], t\[None\]\)\[0\]",
+    ),
+    "wrong shape": (
+        {"score": lambda x, t: x[None]},
+        r"must return the shape of `x`; got \(1, 2\) for x of shape \(2,\)",
+    ),
+    "weight": ({"weight": lambda sde, t: np.ones(2)}, r"`weight` must return a scalar; got shape"),
+}
+
+
+@losses
+@pytest.mark.parametrize(("changes", "match"), BAD.values(), ids=BAD)
+def test_bad_input(loss, changes, match):
+    with pytest.raises(ValueError, match=match):
+        run(loss, **changes)
+
+
+BAD_ALONE = {
+    "integers": (lambda: implicit_score_matching(linear, jnp.arange(2)), "`x` must be floating"),
+    "nan": (lambda: implicit_score_matching(linear, jnp.array([0.0, jnp.nan])), "1 of its 2"),
+    "true score": (
+        lambda: explicit_score_matching(linear, lambda x: x[None], jnp.ones(2)),
+        r"`true_score` must return the shape of `x`; got \(1, 2\)",
+    ),
+    "probes": (
+        lambda: sliced_score_matching(linear, jnp.ones(2), jnp.ones((1, 3))),
+        r"`probes` must have shape \(2,\); got \(3,\)",
+    ),
+    "times without": (lambda: uniform_times(jax.random.key(0), VP(), 0), "`num`.*got 0"),
+    "times with a raw key": (
+        lambda: likelihood_times(jax.random.PRNGKey(0), VP(), 4),
+        "`key` must be a typed key",
+    ),
+    "late": (
+        lambda: denoising_score_matching(jax.random.key(0), linear, VP(), jnp.ones(2), 2.0),
+        r"`t` must lie in \[t0, t1\] = \[1e-05, 1.0\] of VP; got 2.0",
+    ),
+    "no projections": (lambda: run(ssm_loss, num_projections=0), "`num`.*at least 1; got 0"),
+}
+
+
+@pytest.mark.parametrize(("attempt", "match"), BAD_ALONE.values(), ids=BAD_ALONE)
+def test_bad_input_to_the_parts(attempt, match):
+    with pytest.raises(ValueError, match=match):
+        attempt()
