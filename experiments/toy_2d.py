@@ -154,21 +154,24 @@ def _figure(
     draws: dict[str, Array],
 ) -> plt.Figure:
     figure, axes = plt.subplots(2, 3, figsize=(11, 7.4), layout="constrained")
-    grid = {"resolution": config.resolution}
-    shown = len(draws["sde"])
-    for ax, title, points in zip(
-        axes[0], ("data", "reverse SDE", "probability flow"), (x0, *draws.values()), strict=True
-    ):
-        plots.scatter_2d(points[:shown], ax=ax).set_title(title)
-    noise_level = jnp.asarray(0.1 * (config.sde.t1 - config.sde.t0) + config.sde.t0)
-    plots.score_field(lambda x: score_fn(x, noise_level), ax=axes[1, 0]).set_title(
-        f"score at t = {noise_level:.2f}"
-    )
-    plots.density_2d(partial(_log_prob, score_fn, config.sde), ax=axes[1, 1], **grid).set_title(
-        "model's density"
-    )
-    plots.density_2d(density.log_prob, ax=axes[1, 2], **grid).set_title("true density")
+    reach = 1.2 * float(jnp.abs(x0).max())
+    extent = (-reach, reach, -reach, reach)
+    shown = {"data": x0[: config.num_samples], "reverse SDE": draws["sde"]}
+    shown |= {"probability flow": draws["ode"]}
+    for ax, (title, points) in zip(axes[0], shown.items(), strict=True):
+        plots.scatter_2d(points[:2_000], extent=extent, ax=ax).set_title(title)
+    t = jnp.asarray(config.sde.t0 + 0.1 * (config.sde.t1 - config.sde.t0))
+    plots.score_field(partial(_at, score_fn, t), extent=extent, ax=axes[1, 0])
+    axes[1, 0].set_title(f"score at t = {t:.2f}")
+    density_2d = partial(plots.density_2d, extent=extent, resolution=config.resolution)
+    model = partial(_log_prob, score_fn, config.sde)
+    density_2d(model, ax=axes[1, 1]).set_title("the model's density")
+    density_2d(density.log_prob, ax=axes[1, 2]).set_title("the true density")
     return figure
+
+
+def _at(score_fn: Partial, t: Array, x: Array) -> Array:
+    return score_fn(x, t)
 
 
 if __name__ == "__main__":

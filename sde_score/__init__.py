@@ -7,6 +7,7 @@ from sde_score import metrics as metrics
 from sde_score import nets as nets
 from sde_score._typing import SDE as SDE
 from sde_score._typing import Key as Key
+from sde_score._typing import Params as Params
 from sde_score._typing import ScoreFn as ScoreFn
 from sde_score._typing import Step as Step
 from sde_score.diffeq import Solution as Solution

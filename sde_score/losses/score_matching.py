@@ -4,6 +4,8 @@ Hyvärinen (2005, thm 1): J = E[tr(∂s/∂x) + ½‖s‖²] = ½ E‖s − ∇l
 forms replace the trace by vᵀ (∂s/∂x) v with E[v vᵀ] = I (Song et al. 2019, arXiv 1905.07088).
 """
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -24,7 +26,7 @@ def explicit_score_matching(
 def implicit_score_matching(score_fn: ScoreFn, x: Float[Array, "*event"]) -> Scalar:
     """tr(∂s/∂x) + ½‖s‖², with the exact trace (Hyvärinen 2005, eq. 4)."""
     _checks.check_data("x", x)
-    score, trace = divergence(score_fn, x)
+    score, trace = divergence(_checked(score_fn), x)
     return trace + 0.5 * jnp.sum(score**2)
 
 
@@ -41,8 +43,13 @@ def sliced_score_matching(
     Both need E[v vᵀ] = I, as `rademacher_probes` and `gaussian_probes` have.
     """
     _checks.check_data("x", x)
-    score, products = jacobian_products(score_fn, x, probes)
+    score, products = jacobian_products(_checked(score_fn), x, probes)
     trace = sum(jnp.sum(v * jv) for v, jv in zip(probes, products, strict=True)) / len(products)
     if variance_reduced:
         return trace + 0.5 * jnp.sum(score**2)
     return trace + 0.5 * sum(jnp.sum(v * score) ** 2 for v in probes) / len(products)
+
+
+def _checked(score_fn: ScoreFn) -> Callable:
+    """An error names the caller's argument, not the divergence's."""
+    return lambda x: _checks.call(score_fn, x)

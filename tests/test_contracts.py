@@ -1,0 +1,177 @@
+"""Contracts over every public function: one trace for all numbers, typed keys only, one example
+only.
+"""
+
+import dataclasses
+import inspect
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import mixture
+from jax.tree_util import Partial
+
+import sde_score as ss
+
+SDES = {"vp": ss.VP(t0=1e-2), "subvp": ss.SubVP(t0=1e-2), "ve": ss.VE(sigma_max=5.0)}
+X = jnp.array([0.3, -0.4])
+BATCH = jnp.array([[0.3, -0.4], [1.0, 0.2], [-0.7, 0.1]])
+
+
+def other(sde):
+    """An SDE of the same type with other numbers."""
+    name = "sigma_max" if isinstance(sde, ss.VE) else "beta_max"
+    return dataclasses.replace(sde, **{name: 0.5 * getattr(sde, name)}, t0=2e-2)
+
+
+def linear(params, x, t):
+    return params["w"] @ x - t * x
+
+
+FUNCTIONS = {
+    "perturb": lambda key, s, sde, t: ss.perturb(key, sde, X, t),
+    "log_snr": lambda key, s, sde, t: ss.log_snr(sde, t),
+    "time_of_log_snr": lambda key, s, sde, t: ss.time_of_log_snr(sde, t),
+    "sample_prior": lambda key, s, sde, t: ss.sample_prior(key, sde, (2,)),
+    "prior_log_prob": lambda key, s, sde, t: ss.prior_log_prob(sde, X),
+    "reverse_drift": lambda key, s, sde, t: ss.reverse_drift(s, sde, X, t),
+    "denoise": lambda key, s, sde, t: ss.denoise(s, sde, X, t),
+    "noise_from_score": lambda key, s, sde, t: ss.noise_from_score(sde, s)(X, t),
+    "denoiser_from_score": lambda key, s, sde, t: ss.denoiser_from_score(sde, s)(X, t),
+    "velocity_from_score": lambda key, s, sde, t: ss.velocity_from_score(sde, s)(X, t),
+    "score_from_noise": lambda key, s, sde, t: ss.score_from_noise(sde, s)(X, t),
+    "score_from_denoiser": lambda key, s, sde, t: ss.score_from_denoiser(sde, s)(X, t),
+    "score_from_velocity": lambda key, s, sde, t: ss.score_from_velocity(sde, s)(X, t),
+    "precondition": lambda key, s, sde, t: ss.precondition(sde, s, sigma_data=t)(X, t),
+    "divergence": lambda key, s, sde, t: ss.divergence(lambda x: s(x, t), X),
+    "dsm_loss": lambda key, s, sde, t: ss.dsm_loss(key, s, sde, BATCH),
+    "ism_loss": lambda key, s, sde, t: ss.ism_loss(key, s, sde, BATCH),
+    "ssm_loss": lambda key, s, sde, t: ss.ssm_loss(key, s, sde, BATCH, times=ss.likelihood_times),
+    "sample": lambda key, s, sde, t: ss.sample(key, s, sde, (2,), ts=ss.uniform_grid(sde, 3)),
+    "sample_heun": lambda key, s, sde, t: ss.sample(
+        key, s, sde, (2,), step=ss.heun, ts=ss.karras_grid(sde, 3)
+    ),
+    "sample_sde": lambda key, s, sde, t: ss.sample_sde(
+        key, s, sde, (2,), ts=ss.log_snr_grid(sde, 3)
+    ),
+    "sample_ode": lambda key, s, sde, t: ss.sample_ode(key, s, sde, (2,), rtol=1e-2, atol=1e-2),
+    "probability_flow": lambda key, s, sde, t: ss.probability_flow(
+        s, sde, X, start=sde.t0, stop=sde.t1, rtol=1e-2, atol=1e-2
+    ),
+    "log_likelihood": lambda key, s, sde, t: ss.log_likelihood(key, s, sde, X, rtol=1e-2),
+    "exact_log_likelihood": lambda key, s, sde, t: ss.exact_log_likelihood(s, sde, X, rtol=1e-2),
+    "langevin_sample": lambda key, s, sde, t: ss.langevin_sample(
+        key, lambda x: s(x, t), X, step_size=t, num_steps=3
+    ),
+}
+
+
+@pytest.mark.diffrax_keys
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_new_numbers_never_trace_again(name):
+    """Another SDE of its type, new parameters, another time and key: one trace, and other results.
+    """
+    traced = jax.jit(chex.assert_max_traces(FUNCTIONS[name], n=1))
+    sde = SDES["vp"]
+    results = [
+        traced(
+            jax.random.key(i),
+            Partial(linear, {"w": (i - 1.5) * jnp.eye(2)}),
+            numbers,
+            0.3 + 0.1 * i,
+        )
+        for i, numbers in enumerate((sde, other(sde)))
+    ]
+    chex.clear_trace_counter()
+    first, second = (np.concatenate([np.ravel(x) for x in jax.tree.leaves(r)]) for r in results)
+    assert np.isfinite(first[:1]).all() and not np.array_equal(first, second)
+
+
+@pytest.mark.parametrize("sde", SDES.values(), ids=SDES)
+def test_oracle_never_traces_again(sde):
+    def closed_form(gmm, sde, x, t):
+        single = ss.GaussianMixture(jnp.ones(1), gmm.means[:1], gmm.covariances[:1])
+        return (
+            ss.exact_score(gmm, sde)(x, t),
+            ss.posterior_mean(gmm, sde, x, t),
+            ss.marginal(gmm, sde, t).log_prob(x),
+            ss.gaussian_flow(single, sde, x, t, sde.t1),
+        )
+
+    traced = jax.jit(chex.assert_max_traces(closed_form, n=1))
+    weights, means, covariances = mixture()
+    for numbers, scale in ((sde, 1.0), (other(sde), 2.0)):
+        gmm = ss.GaussianMixture(weights, scale * means, covariances)
+        assert all(np.isfinite(x).all() for x in traced(gmm, numbers, X, 0.5))
+    chex.clear_trace_counter()
+
+
+def _takes_key(name):
+    value = getattr(ss, name)
+    return inspect.isfunction(value) and next(iter(inspect.signature(value).parameters)) == "key"
+
+
+ARGUMENTS = {
+    "sde": SDES["vp"],
+    "shape": (2,),
+    "score_fn": lambda x, t=0.0: -x,
+    "x": X,
+    "x0": BATCH,
+    "t": 0.5,
+    "num": 2,
+    "levels": np.array([1, 2]),
+    "num_levels": 3,
+    "step_size": 0.1,
+    "num_steps": 1,
+    "loss_fn": lambda params, key, batch: params["w"],
+    "params": {"w": jnp.array(1.0)},
+    "optimizer": None,
+    "batches": None,
+}
+INNER = {"euler_maruyama", "heun", "ddim", "ancestral"}  # `sample` has checked the key
+INNER |= {"uniform_times", "stratified_times", "likelihood_times"}  # the loss has
+
+
+@pytest.mark.parametrize("name", [n for n in vars(ss) if _takes_key(n) and n not in INNER])
+@pytest.mark.parametrize(
+    "key", [np.zeros(2, np.uint32), jax.random.split(jax.random.key(0), 3), 0]
+)
+def test_only_one_typed_key_is_taken(name, key):
+    function = getattr(ss, name)
+    needed = [
+        p.name
+        for p in inspect.signature(function).parameters.values()
+        if p.default is p.empty and p.kind is not p.VAR_KEYWORD and p.name != "key"
+    ]
+    with pytest.raises(ValueError, match="`key` must be (a typed key|one key)"):
+        function(key, **{argument: ARGUMENTS[argument] for argument in needed})
+
+
+BATCHED = {
+    "returns more than one example": lambda x, t=0.0: jnp.stack([x, x]),
+    "indexes the batch axis": lambda x, t=0.0: x * jnp.asarray(t)[:, None],
+}
+CONSUMERS = {
+    "dsm_loss": lambda s: ss.dsm_loss(jax.random.key(0), s, SDES["vp"], BATCH),
+    "sample": lambda s: ss.sample(jax.random.key(0), s, SDES["vp"], (2,)),
+    "sample_sde": lambda s: ss.sample_sde(jax.random.key(0), s, SDES["vp"], (2,)),
+    "sample_ode": lambda s: ss.sample_ode(jax.random.key(0), s, SDES["vp"], (2,)),
+    "log_likelihood": lambda s: ss.log_likelihood(jax.random.key(0), s, SDES["vp"], X),
+    "denoise": lambda s: ss.denoise(s, SDES["vp"], X, 0.5),
+    "langevin_sample": lambda s: ss.langevin_sample(
+        jax.random.key(0), s, X, step_size=0.1, num_steps=1
+    ),
+    "implicit": lambda s: ss.implicit_score_matching(s, X),
+}
+
+
+@pytest.mark.diffrax_keys
+@pytest.mark.parametrize("consumer", CONSUMERS)
+@pytest.mark.parametrize("network", BATCHED)
+def test_a_batched_network_is_told_how_to_be_wrapped(consumer, network):
+    with pytest.raises(
+        ValueError, match="takes one example, x of shape .*: wrap a batched network"
+    ):
+        CONSUMERS[consumer](BATCHED[network])
