@@ -68,7 +68,13 @@ def solve_ode(
             f"`solver` must solve ODEs; got {_name(solver)}, which needs noise or a field in "
             "several parts. Use diffrax.Dopri5() or Tsit5()."
         )
-    return _solve(diffrax.ODETerm(field), solver, x, args, start, stop, control, saveat, adjoint)
+    terms = diffrax.ODETerm(bind(_with_named_args, field))
+    return _solve(terms, solver, x, args, start, stop, control, saveat, adjoint)
+
+
+def _with_named_args(field: Field, t: Scalar, x: Any, named_args: dict[str, Any]) -> Any:
+    (args,) = named_args.values()
+    return field(t, x, args)
 
 
 def solve_ode_with_log_density(
@@ -151,8 +157,8 @@ def solve_reverse_sde(
             -start, -stop, brownian_tol, shape, key, _levy_area(solver)
         )
     terms = diffrax.MultiTerm(
-        diffrax.ODETerm(_reverse_drift_in_tau),
-        diffrax.ControlTerm(_reverse_diffusion_in_tau, path),
+        diffrax.ODETerm(bind(_with_named_args, _reverse_drift_in_tau)),
+        diffrax.ControlTerm(bind(_with_named_args, _reverse_diffusion_in_tau), path),
     )
     control = control._replace(
         ts=_negated(control.ts), shortest=None if brownian_tol is None else 2.0 * brownian_tol
@@ -190,6 +196,9 @@ def _solve(
     subs = [diffrax.SubSaveAt(t1=True)]
     if saveat is not None:
         subs.append(diffrax.SubSaveAt(ts=saveat))
+    # jaxlib (0.10.2) takes registered dataclasses with equally many fields for the same structure,
+    # so diffrax, which jits inside, would run VP's program for a VE. The name tells them apart.
+    named_args = {str(jax.tree.structure(args)): args}
     # TF32 and bfloat16 products would swamp the tolerances.
     with jax.default_matmul_precision("float32"):
         out = diffrax.diffeqsolve(
@@ -199,7 +208,7 @@ def _solve(
             stop,
             None,
             x,
-            args,
+            named_args,
             saveat=diffrax.SaveAt(subs=subs),
             stepsize_controller=_controller(solver, control, is_ode, jax.tree.leaves(x)[0].dtype),
             adjoint=diffrax.ForwardMode() if adjoint is None else adjoint,

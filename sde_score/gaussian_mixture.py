@@ -189,17 +189,18 @@ def _check_mixture(weights: Array, means: Array, covariances: Array) -> None:
         _checks.check_data(name, value)
     if not _checks.is_concrete(weights, covariances):
         return
-    weights, covariances = np.asarray(weights), np.asarray(covariances)
-    if np.any(weights < 0) or abs(np.sum(weights) - 1.0) > 1e-5:
+    # numpy, which computes at once even inside a trace
+    fractions, matrices = np.asarray(weights), np.asarray(covariances)
+    if np.any(fractions < 0) or abs(np.sum(fractions) - 1.0) > 1e-5:
         raise _checks.ArgumentError(
             f"`weights` must be at least 0 and sum to 1; got {weights}. Divide by their sum."
         )
-    asymmetry = np.max(np.abs(covariances - covariances.transpose(0, 2, 1)))
-    if asymmetry > 1e-5 * np.max(np.abs(covariances)):
+    asymmetry = np.max(np.abs(matrices - matrices.transpose(0, 2, 1)))
+    if asymmetry > 1e-5 * np.max(np.abs(matrices)):
         raise _checks.ArgumentError(
             "`covariances` must be symmetric. Average them with their transposes."
         )
-    if np.any(np.linalg.eigvalsh(covariances) <= 0):
+    if np.any(np.linalg.eigvalsh(matrices) <= 0):
         raise _checks.ArgumentError(
             "`covariances` must be positive definite. Add a small multiple of the identity."
         )

@@ -98,7 +98,8 @@ class SubVP(_LinearBeta):
         return -jnp.expm1(-self.int_beta(t))
 
     def diffusion(self, t: Scalar) -> Scalar:
-        return jnp.sqrt(self.beta(t) * -jnp.expm1(-2.0 * self.int_beta(t)))
+        decay = jnp.exp(-self.int_beta(t))  # 1 − e^{−2B} = (1 − e^{−B}) (1 + e^{−B})
+        return jnp.sqrt(self.beta(t) * self.sigma(t) * (1.0 + decay))
 
 
 @jax.tree_util.register_dataclass

@@ -19,12 +19,11 @@ SHAPES = {"vector": (2,), "image": (8, 8, 1)}
 
 def make(net, shape, shift=0.1):
     """Parameters moved off the zeros that the output starts with."""
-    x = jnp.linspace(-1.0, 1.0, np.prod(shape)).reshape(shape)
+    x = jnp.asarray(np.linspace(-1.0, 1.0, np.prod(shape)).reshape(shape), jnp.float32)
     params = jax.jit(net.init)(jax.random.key(0), x, 0.5)
-    leaves, structure = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    moved = [p + shift * jax.random.normal(k, p.shape) for p, k in zip(leaves, keys, strict=True)]
-    return x, params, jax.tree.unflatten(structure, moved)
+    rng = np.random.default_rng(0)
+    shifted = lambda p: np.asarray(p) + np.float32(shift) * rng.normal(size=p.shape)  # noqa: E731
+    return x, params, jax.tree.map(lambda p: jnp.asarray(shifted(p), jnp.float32), params)
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
@@ -50,7 +49,7 @@ def test_mlp_in_half_precision_keeps_float32_parameters():
     net = MLP(16, 1, dtype=jnp.bfloat16)
     x, params, moved = make(net, (2,))
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
-    out, exact = net.apply(moved, x, 0.5), MLP(16, 1).apply(moved, x, 0.5)
+    out, exact = (jax.jit(net.apply)(moved, x, 0.5) for net in (net, MLP(16, 1)))
     assert out.dtype == x.dtype
     np.testing.assert_allclose(out, exact, atol=0.05 * np.max(np.abs(exact)))  # 8 bits, 4 layers
     assert not np.array_equal(out, exact)
@@ -61,7 +60,8 @@ def test_mlp_grows_linearly():
     x.
     """
     x, _, moved = make(MLP(16, 2), (2,))
-    far, twice = (MLP(16, 2).apply(moved, scale * x, 0.5) for scale in (1e4, 2e4))
+    apply = jax.jit(MLP(16, 2).apply)
+    far, twice = (apply(moved, scale * x, 0.5) for scale in (1e4, 2e4))
     np.testing.assert_allclose(twice / far, 2.0, rtol=1e-3)  # corrections of order 1/|x|
 
 
@@ -82,7 +82,7 @@ def test_dropout():
     again = draw(jax.random.split(jax.random.key(2), 4_000))
     np.testing.assert_array_equal(again, outputs)
     # a rate of zero ignores the key
-    plain = MLP(8, 1).apply(moved, x, 0.5, jax.random.key(3))
+    plain = jax.jit(MLP(8, 1).apply)(moved, x, 0.5, jax.random.key(3))
     np.testing.assert_allclose(plain, silent, rtol=1e-5)
 
 
@@ -96,7 +96,7 @@ def test_embedding():
 
 def linen_model():
     net = MLP(16, 1)
-    return net.init(jax.random.key(3), jnp.zeros(2), 0.5), net.apply
+    return jax.jit(net.init)(jax.random.key(3), jnp.zeros(2), 0.5), net.apply
 
 
 class NNXModel(nnx.Module):
