@@ -2,6 +2,11 @@
 JAX.
 """
 
+# ruff: noqa: E402, I001
+from sde_score._xla import guard_cpu_reductions
+
+guard_cpu_reductions()
+
 from sde_score import data as data
 from sde_score import metrics as metrics
 from sde_score import nets as nets

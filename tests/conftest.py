@@ -12,6 +12,8 @@ import jax
 import numpy as np
 import pytest
 
+import sde_score  # noqa: F401  (before any computation, as sde_score._xla asks for)
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", True)
 

@@ -1,12 +1,14 @@
 """The project holds to its own rules: layers, light imports, a README whose example runs."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 import sde_score as ss
@@ -16,7 +18,7 @@ PACKAGE = ROOT / "sde_score"
 
 # Each module imports only from rows above its own, or from one listed earlier in its row.
 ROWS = [
-    ["_typing", "_checks"],
+    ["_xla", "_typing", "_checks"],
     ["sde", "divergence", "metrics", "data", "nets"],
     ["parameterization", "diffeq", "losses", "gaussian_mixture"],
     ["sampling"],
@@ -83,6 +85,30 @@ def test_importing_the_library_is_light():
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)  # noqa: S603
     # flax itself imports orbax
     assert set(ast.literal_eval(out.stdout)) <= {"orbax"}
+
+
+def _python(code):
+    command = [sys.executable, "-W", "always", "-c", code]
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    return subprocess.run(command, capture_output=True, text=True, check=True, env=environment)  # noqa: S603
+
+
+SUM = "jax.jit(lambda x: jnp.sum(jnp.log(0.9 * x) - jnp.log(0.5 * x)))(jnp.ones(20_000))"
+
+
+@pytest.mark.parametrize("first", ["sde_score", "jax"])
+def test_the_compiler_sums_rightly(first):
+    """jaxlib 0.10.2 to 0.12.0 give 0 here on a CPU without the flag that importing sde_score sets.
+    """
+    code = f"import {first}, jax, jax.numpy as jnp, sde_score; print(float({SUM}))"
+    assert float(_python(code).stdout) == pytest.approx(20_000 * np.log(0.9 / 0.5), rel=1e-5)
+
+
+def test_importing_too_late_to_guard_the_sums_warns():
+    late = _python("import jax; jax.numpy.ones(2) + 1; import sde_score")
+    assert "Import sde_score before the first computation" in late.stderr
+    early = _python("import jax; import sde_score")
+    assert "Import sde_score" not in early.stderr
 
 
 def test_every_public_object_is_documented():

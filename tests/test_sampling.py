@@ -81,7 +81,6 @@ def samplers(first_order, second_order, ancestral):
 SAMPLERS, SHORT = samplers(250, 40, 400), samplers(8, 4, 8)
 
 
-@functools.cache
 def oracle():
     """Three components that overlap in noise but not in data."""
     covariances = [[[0.4, 0.15], [0.15, 0.3]], [[0.3, -0.1], [-0.1, 0.5]], [[0.35, 0], [0, 0.25]]]
@@ -142,19 +141,20 @@ def test_moments_of_every_sampler_under_every_sde(name, sampler):
 
 @pytest.mark.diffrax_keys
 @pytest.mark.parametrize("sampler", SHORT)
-def test_sample_i_depends_on_key_i_alone_and_new_numbers_never_trace_again(sampler):
-    """Not bitwise: XLA vectorises another batch size in another order."""
-    sde, gmm, keys = ss.VP(t0=1e-2), oracle(), jax.random.split(jax.random.key(3), 8)
+def test_sample_i_depends_on_key_i_alone_and_new_numbers_never_trace_again(sampler, x64):
+    """Not bitwise: XLA orders the same sums otherwise in another batch size."""
+    sde, keys = ss.VP(t0=1e-2), jax.random.split(jax.random.key(3), 8)
+    gmm = oracle()
     counted = chex.assert_max_traces(SHORT[sampler], n=2)  # once for each batch size
     draw = jax.jit(jax.vmap(counted, in_axes=(0, None, None)))
     eight, three = (draw(k, ss.exact_score(gmm, sde), sde) for k in (keys, keys[:3]))
-    np.testing.assert_allclose(eight[:3], three, rtol=1e-5, atol=1e-5)  # float32, a few roundings
+    # Roundings of 1e-16 grow by the steps' amplification, below 1e4 here.
+    np.testing.assert_allclose(eight[:3], three, rtol=1e-11, atol=1e-11)
     assert len(np.unique(eight, axis=0)) == 8
 
     sde, gmm = ss.VP(beta_max=12.0, t0=2e-2), dataclasses.replace(gmm, means=gmm.means + 1.0)
     fresh = draw(keys, ss.exact_score(gmm, sde), sde)
-    alone = SHORT[sampler](keys[0], ss.exact_score(gmm, sde), sde)
-    np.testing.assert_allclose(fresh[0], alone, rtol=1e-5, atol=1e-5)  # the new numbers, used
+    assert np.abs(fresh - eight).mean() > 0.1  # the new numbers were used
 
 
 def test_langevin_has_the_stationary_variance_of_its_step_size():
@@ -221,7 +221,7 @@ def test_ddim_is_the_exponential_euler_step(sde, x64):
     for step in (ss.ddim, ss.heun):  # the noise is constant along this flow, so both are exact
         np.testing.assert_allclose(step(key, of_a_point, sde, x, t, s), exact, rtol=1e-12)
 
-    gmm = ss.GaussianMixture(*(np.asarray(a, float) for a in dataclasses.astuple(oracle())[:3]))
+    gmm = oracle()
     noise = -sde.sigma(t) * ss.exact_score(gmm, sde)(x, t)
     ratio = sde.alpha(s) / sde.alpha(t)
     formula = ratio * x + (sde.sigma(s) - sde.sigma(t) * ratio) * noise
