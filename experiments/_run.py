@@ -41,6 +41,17 @@ def cli(main: Callable[[Any], Metrics], default: Any, quick: Any) -> None:
     print(f"Written to {config.out}")
 
 
+def check_numbers(config: Any, *, may_be_zero: tuple[str, ...]) -> None:
+    """Every number of a configuration is positive, but for those that may be 0."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, int | float) and not (
+            value > 0 or value == 0 and field.name in may_be_zero
+        ):
+            rule = "at least 0" if field.name in may_be_zero else "above 0"
+            raise ValueError(f"`{field.name}` must be {rule}; got {value}. Change it.")
+
+
 @contextlib.contextmanager
 def results_folder(out: Path, config: Any) -> Iterator[Path]:
     """A folder to write into, which becomes `out` when the block ends well and leaves nothing when

@@ -18,7 +18,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array
 
 import sde_score as ss
-from experiments._run import Metrics, cli, results_folder, write_json
+from experiments._run import Metrics, check_numbers, cli, results_folder, write_json
 from sde_score import plots
 
 Name = Literal[
@@ -49,6 +49,9 @@ class Config:
     resolution: int = 100
     seed: int = 0
     out: Path = Path("runs/toy_2d")
+
+    def __post_init__(self) -> None:
+        check_numbers(self, may_be_zero=("seed",))
 
 
 QUICK = Config(num_steps=1_000, num_samples=500, num_test=100, resolution=30)

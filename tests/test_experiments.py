@@ -20,13 +20,21 @@ ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.diffrax_keys
 
 
-@pytest.fixture(scope="module", params=[digits, toy_2d], ids=["digits", "toy_2d"])
+# Small enough for a test: each stage runs, none is meant to be good.
+SMALL = {
+    digits: {"width": 32, "num_test": 20, "num_samples": 40, "num_steps": 100},
+    toy_2d: {"width": 32, "num_test": 50, "num_samples": 200, "num_steps": 100, "resolution": 10},
+}
+
+
+@pytest.fixture(scope="module", params=SMALL, ids=["digits", "toy_2d"])
 def run(request, tmp_path_factory):
-    """One quick run of an experiment: the module, its metrics and its folder."""
+    """One run of an experiment: the module, its metrics and its folder."""
+    module = request.param
     out = tmp_path_factory.mktemp("runs") / "nested" / "run"
-    config = dataclasses.replace(request.param.QUICK, num_steps=100, num_samples=300, out=out)
+    config = dataclasses.replace(module.QUICK, out=out, **SMALL[module])
     with jax.debug_key_reuse(False):
-        return request.param, request.param.main(config), out
+        return module, module.main(config), out
 
 
 def test_results_are_written_and_flat(run):
@@ -56,7 +64,8 @@ def test_digits_reports_what_it_promises(run):
     timing = "train_seconds total_seconds"
     assert {*promised.split(), *timing.split()} <= metrics.keys()
     assert metrics["prior_term"] < 1e-4 and metrics["tolerance_term"] < 0.01
-    assert 2.4 < metrics["gmm_bits_per_dim"] < 2.9  # 10 components; 2.58 was measured elsewhere
+    # All 297 held-out digits give 2.59; the 20 digits here have a standard error of about 0.1.
+    assert 2.2 < metrics["gmm_bits_per_dim"] < 3.0
 
 
 def test_levels_and_model_values_invert_each_other():
@@ -67,8 +76,8 @@ def test_levels_and_model_values_invert_each_other():
 
 
 def test_a_failed_run_leaves_nothing(tmp_path):
-    config = dataclasses.replace(toy_2d.QUICK, num_steps=0, out=tmp_path / "run")
-    with pytest.raises(ValueError, match="`num_steps`"):
+    config = dataclasses.replace(toy_2d.QUICK, num_train=100, out=tmp_path / "run")
+    with pytest.raises(ValueError, match="`batch_size` must be at most the number of examples"):
         toy_2d.main(config)
     assert not (tmp_path / "run").exists()
 
@@ -88,8 +97,8 @@ def test_an_output_folder_that_cannot_be_written(tmp_path):
         (["--data", "three_moons"], 2, ["two_moons", "three_moons"]),
         (
             ["--quick", "--num-steps", "0"],
-            1,
-            ["`num_steps` must be a Python integer of at least 1; got 0"],
+            2,
+            ["`num_steps` must be above 0; got 0"],
         ),
         (["sde:ve", "--sde.sigma-min", "60"], 2, ["`sigma_min` must be below `sigma_max`"]),
     ],

@@ -1,0 +1,233 @@
+"""Likelihoods against the oracle, their error bars, bits per dimension and dequantisation."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import mixture
+
+import sde_score as ss
+from sde_score._checks import ArgumentError
+
+SDES = {
+    "VP": ss.VP(t0=1e-3),
+    "SubVP": ss.SubVP(t0=1e-2),
+    "VE": ss.VE(sigma_min=0.05, sigma_max=10.0, t0=1e-3),
+}
+
+
+def oracle(dim):
+    """Two or three correlated components in d dimensions."""
+    if dim == 2:
+        return ss.GaussianMixture(*mixture(np.float64))
+    rng = np.random.default_rng(dim)
+    factors = rng.normal(size=(2, dim, dim)) / np.sqrt(dim)
+    covariances = 0.4 * factors @ factors.mT + 0.3 * np.eye(dim)
+    return ss.GaussianMixture(np.array([0.6, 0.4]), 0.7 * rng.normal(size=(2, dim)), covariances)
+
+
+def terminal(gmm, sde):
+    """The oracle's own log p_t1: the prior's mismatch is a matter of its own."""
+    return ss.marginal(gmm, sde, sde.t1).log_prob
+
+
+@pytest.mark.parametrize("dim", [2, 16])
+@pytest.mark.parametrize("name", SDES)
+def test_exact_likelihood_and_round_trip(name, dim, x64):
+    """log p_t0 within 1e-6 nats per dimension, and decode(encode(x)) = x within 1e-5; solver
+    tolerance 1e-9, so some 1e-8 is expected.
+    """
+    sde, gmm = SDES[name], oracle(dim)
+    start = ss.marginal(gmm, sde, sde.t0)
+    x = jax.vmap(start.sample)(jax.random.split(jax.random.key(1), 4))
+
+    @jax.jit
+    @jax.vmap
+    def run(x):
+        score, tolerance = ss.exact_score(gmm, sde), {"rtol": 1e-9, "atol": 1e-9}
+        out = ss.exact_log_likelihood(
+            score, sde, x, terminal_log_prob=terminal(gmm, sde), **tolerance
+        )
+        decoded = ss.probability_flow(
+            score, sde, out.latent, start=sde.t1, stop=sde.t0, **tolerance
+        )
+        return out, decoded
+
+    out, decoded = run(x)
+    error = np.abs(out.log_prob - jax.vmap(start.log_prob)(x)).max() / dim
+    back = np.abs(decoded - x).max()
+    print(f"{name}, d = {dim}: {error:.1e} nats per dimension, round trip {back:.1e}")
+    assert error < 1e-6
+    assert back < 1e-5
+    assert np.all(np.asarray(out.stderr) == 0)
+
+
+def test_error_bars_of_hutchinson(x64):
+    """d = 16, 16 probes: within 3 of its own standard errors on at least 98 % of 200 keys (Student
+    t with 15 degrees: 99.1 %). The solver's error, 1e-5, is far below the standard error.
+    """
+    sde, gmm = SDES["VP"], oracle(16)
+    start = ss.marginal(gmm, sde, sde.t0)
+    x = start.sample(jax.random.key(2))
+    options = {"terminal_log_prob": terminal(gmm, sde), "rtol": 1e-6, "atol": 1e-6}
+    run = jax.jit(
+        jax.vmap(
+            lambda key: ss.log_likelihood(
+                key, ss.exact_score(gmm, sde), sde, x, num_probes=16, **options
+            )
+        )
+    )
+    out = run(jax.random.split(jax.random.key(3), 200))
+    z = (np.asarray(out.log_prob) - start.log_prob(x)) / np.asarray(out.stderr)
+    stderr = np.asarray(out.stderr)
+    within = np.mean(np.abs(z) < 3)
+    print(f"within 3 standard errors: {within:.1%}; median standard error {np.median(stderr):.4f}")
+    assert within >= 0.98
+    assert np.median(stderr) > 1e-2  # the solver's error is below a thousandth of it
+    assert 0.7 < z.std() < 1.5  # √(15/13) = 1.07 for Student's t with 15 degrees
+    # A bias, or a sum over probes in place of their mean, would move the average of 200.
+    assert abs(np.mean(z)) < 5 * z.std() / np.sqrt(200)
+
+
+def test_one_probe_has_no_error_bar_and_probes_are_averaged(x64):
+    """One vector given as each probe: the estimate of any number of probes is the same, and its
+    standard error 0.
+    """
+    sde, gmm, x = SDES["VP"], oracle(2), jnp.array([0.4, -0.3])
+    score, probe = ss.exact_score(gmm, sde), jnp.array([1.0, -1.0])
+
+    def run(num_probes):
+        return ss.log_likelihood(
+            jax.random.key(0),
+            score,
+            sde,
+            x,
+            num_probes=num_probes,
+            probes=lambda key, num, shape: jnp.broadcast_to(probe, (num, *shape)),
+            ts=ss.uniform_grid(sde, 16),
+        )
+
+    one, three = run(1), run(3)
+    assert np.isnan(one.stderr) and float(three.stderr) < 1e-12
+    np.testing.assert_allclose(three.log_prob, one.log_prob, rtol=1e-12)
+
+
+def test_direction_of_time(x64):
+    """Encoding maps data to the prior along the closed form: larger times are noisier."""
+    covariance = np.array([[[0.6, 0.2], [0.2, 0.4]]])
+    gmm, sde = ss.GaussianMixture(np.ones(1), np.array([[0.7, -0.4]]), covariance), SDES["VE"]
+    x, score = jnp.array([1.1, -0.2]), ss.exact_score(gmm, sde)
+    out = ss.exact_log_likelihood(score, sde, x, rtol=1e-8, atol=1e-8)
+    encoded = ss.gaussian_flow(gmm, sde, x, sde.t0, sde.t1)
+    np.testing.assert_allclose(out.latent, encoded, rtol=1e-6)  # the solver's tolerance
+    flowed = ss.probability_flow(score, sde, x, start=sde.t0, stop=sde.t1, rtol=1e-8, atol=1e-8)
+    np.testing.assert_allclose(flowed, encoded, rtol=1e-6)
+    assert np.linalg.norm(encoded) > 5 * np.linalg.norm(x)
+    # The default terminal density is the prior's.
+    ours = out.log_prob - ss.prior_log_prob(sde, out.latent)
+    truth = ss.marginal(gmm, sde, sde.t0).log_prob(x) - terminal(gmm, sde)(encoded)
+    np.testing.assert_allclose(ours, truth, atol=1e-6)
+
+
+def test_prior_mismatch_of_vp(x64):
+    """alpha(1) = e^{−B/2} = 0.0066 for VP's 0.1 → 20: with a mean of size 1, single
+    log-likelihoods move by at most alpha |m| |x(t1)|, about 0.01 nats; not by 0, not by 0.1.
+    """
+    sde = ss.VP(t0=1e-3)
+    gmm = ss.GaussianMixture(np.ones(1), np.array([[0.8, -0.6]]), np.eye(2)[None])
+    x = jax.vmap(gmm.sample)(jax.random.split(jax.random.key(4), 64))
+    latent = jax.vmap(lambda x: ss.gaussian_flow(gmm, sde, x, sde.t0, sde.t1))(x)
+    shift = jax.vmap(lambda z: ss.prior_log_prob(sde, z) - terminal(gmm, sde)(z))(latent)
+    assert float(sde.alpha(1.0)) == pytest.approx(0.0066, abs=5e-5)
+    assert 0.002 < np.std(shift) < 0.02
+    assert np.abs(shift).max() < 0.03
+
+
+def test_likelihood_traces_once():
+    chex.clear_trace_counter()
+
+    def run(key, score, sde, x):
+        return ss.log_likelihood(key, score, sde, x, num_probes=2, ts=ss.uniform_grid(sde, 4))
+
+    traced = jax.jit(chex.assert_max_traces(run, n=1))
+    params = [jnp.float32(1.0), jnp.float32(0.5)]
+    score = functools.partial(jax.tree_util.Partial, lambda scale, x, t: -scale * x)
+    values = [
+        traced(jax.random.key(i), score(params[i]), sde, jnp.ones(3)).log_prob
+        for i, sde in enumerate([ss.VP(), ss.VP(beta_max=5.0, t0=1e-3)])
+    ]
+    assert abs(values[0] - values[1]) > 1e-2
+
+
+def test_bits_per_dim():
+    """0 nats: 8 bits for 256 levels in [0, 1], 7 in [−1, 1]; D ln 2 nats are one bit less."""
+    assert float(ss.bits_per_dim(0.0, 3, bin_width=1 / 256)) == pytest.approx(8.0)
+    assert float(ss.bits_per_dim(0.0, 3, bin_width=2 / 256)) == pytest.approx(7.0)
+    assert float(ss.bits_per_dim(3 * np.log(2.0), 3, bin_width=1 / 256)) == pytest.approx(7.0)
+    with pytest.raises(ArgumentError, match="`bin_width`"):
+        ss.bits_per_dim(0.0, 3, bin_width=0.0)
+    with pytest.raises(ArgumentError, match="`num_dims`"):
+        ss.bits_per_dim(0.0, 0, bin_width=0.5)
+
+
+def test_uniform_dequantisation():
+    """Each level becomes uniform on its own bin of [0, 1)."""
+    levels = jnp.tile(jnp.arange(17), 4_000)
+    x = np.asarray(ss.uniform_dequantize(jax.random.key(0), levels, 17), np.float64)
+    assert x.min() >= 0 and x.max() < 1
+    rest = 17 * x - np.asarray(levels)
+    assert rest.min() > -1e-5 and rest.max() < 1 + 1e-5  # float32 at 17
+    n = rest.size
+    assert abs(rest.mean() - 1 / 2) < 5 / np.sqrt(12 * n)  # 5 standard errors of a uniform mean
+    assert abs(rest.var() - 1 / 12) < 5 / np.sqrt(180 * n)  # and of its variance
+    counts = np.histogram(rest, 10, (0, 1))[0]
+    chi2 = np.sum((counts - n / 10) ** 2) / (n / 10)
+    assert chi2 < 9 + 5 * np.sqrt(18)  # 9 degrees of freedom: mean 9, variance 18
+
+
+@pytest.mark.parametrize(
+    ("levels", "num_levels", "words"),
+    [
+        (jnp.array([0.5]), 17, "`levels` must be integers 0 … 16; got float32"),
+        (jnp.array([0, 17]), 17, "`levels` must lie in 0 … 16"),
+        (jnp.array([-1, 3]), 17, "`levels` must lie in 0 … 16"),
+        (jnp.array([0]), 1, "`num_levels`"),
+    ],
+)
+def test_bad_levels(levels, num_levels, words):
+    with pytest.raises(ArgumentError, match=words):
+        ss.uniform_dequantize(jax.random.key(0), levels, num_levels)
+
+
+def test_bad_arguments():
+    sde, score, x = ss.VP(), lambda x, t: -x, jnp.ones(2)
+    for bad, words in (
+        (jnp.array([3, 4]), "`x0` must be floating point; got int32.*uniform_dequantize"),
+        (jnp.array([1.0, jnp.inf]), "`x0` must be finite"),
+        (jnp.zeros(0), "`x0` must not be empty"),
+    ):
+        with pytest.raises(ArgumentError, match=words):
+            ss.exact_log_likelihood(score, sde, bad)
+        with pytest.raises(ArgumentError, match=words):
+            ss.log_likelihood(jax.random.key(0), score, sde, bad)
+    with pytest.raises(ArgumentError, match="`key` must be a typed key"):
+        ss.log_likelihood(jnp.zeros(2, jnp.uint32), score, sde, x)
+    with pytest.raises(ArgumentError, match="`num`"):
+        ss.log_likelihood(jax.random.key(0), score, sde, x, num_probes=0)
+    with pytest.raises(ArgumentError, match="`terminal_log_prob` must return a scalar"):
+        ts = ss.uniform_grid(sde, 2)
+        ss.exact_log_likelihood(score, sde, x, ts=ts, terminal_log_prob=lambda x: x)
+    with pytest.raises(ArgumentError, match="`rtol` must be at least"):
+        ss.exact_log_likelihood(score, sde, x, rtol=1e-12)
+
+
+def test_numpy_data_of_double_precision_are_taken():
+    """float64 numpy in a float32 session is float32, without a warning (an error here)."""
+    x = np.array([0.3, -0.2])
+    out = ss.exact_log_likelihood(lambda x, t: -x, ss.VP(), x, rtol=1e-3, atol=1e-3)
+    assert out.log_prob.dtype == jnp.float32
+    # s = −x is the score of N(0, I), which VP keeps: log p = −½|x|² − ln 2π.
+    np.testing.assert_allclose(out.log_prob, -0.5 * np.sum(x**2) - np.log(2 * np.pi), rtol=1e-4)
