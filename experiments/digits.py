@@ -52,6 +52,7 @@ class Config:
     num_test: int = 297  # held-out digits to evaluate
     num_samples: int = 1500
     mixture_components: tuple[int, ...] = (5, 10, 15)
+    mixture_floors: tuple[float, ...] = (3e-4, 1e-3, 3e-3)  # added to the variances
     seed: int = 0
     out: Path = Path("runs/digits")
 
@@ -66,6 +67,7 @@ QUICK = Config(
     num_test=100,
     num_samples=200,
     mixture_components=(10,),
+    mixture_floors=(1e-3,),
 )
 
 
@@ -242,7 +244,7 @@ def _best_mixture(config: Config, train: Array, test: Array) -> tuple[GaussianMi
     x = np.concatenate([_as_table(key, train) for key in jax.random.split(train_key, 4)])
     y = _as_table(test_key, test)
     best, best_bits = None, Bits(np.inf, np.nan)
-    for components, floor in itertools.product(config.mixture_components, (3e-4, 1e-3, 3e-3)):
+    for components, floor in itertools.product(config.mixture_components, config.mixture_floors):
         model = GaussianMixture(components, reg_covar=floor, random_state=config.seed)
         with threadpool_limits(1):  # small matrices: threads that spin cost ten times the work
             model.fit(x)

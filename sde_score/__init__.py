@@ -3,9 +3,9 @@ JAX.
 """
 
 # ruff: noqa: E402, I001
-from sde_score._xla import guard_cpu_reductions
+from sde_score._xla import guard_cpu_reductions as _guard_cpu_reductions
 
-guard_cpu_reductions()
+_guard_cpu_reductions()
 
 from sde_score import data as data
 from sde_score import metrics as metrics
@@ -15,6 +15,7 @@ from sde_score._typing import Key as Key
 from sde_score._typing import Params as Params
 from sde_score._typing import ScoreFn as ScoreFn
 from sde_score._typing import Step as Step
+from sde_score._typing import register_pytree as register_pytree
 from sde_score.diffeq import Solution as Solution
 from sde_score.divergence import divergence as divergence
 from sde_score.divergence import gaussian_probes as gaussian_probes

@@ -1,5 +1,6 @@
 """The vocabulary of the library, said once."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
@@ -23,7 +24,7 @@ class SDE(Protocol):
     """Linear SDE dx = f(x, t) dt + g(t) dw on [t0, t1] with p(x_t | x_0) = N(alpha(t) x_0,
     sigma(t)² I).
 
-    Write your own as a frozen dataclass registered with `jax.tree_util.register_dataclass`. It
+    Write your own as a frozen dataclass under `sde_score.register_pytree`. It
     must satisfy f/x = d log alpha/dt and g² = d sigma²/dt − 2 (d log alpha/dt) sigma²; its prior
     is N(0, sigma(t1)² I).
     """
@@ -57,3 +58,25 @@ def travelling(fn: Any) -> Any:
 def bind(fn: Callable, *args: Any) -> Partial:
     """`fn` with its first arguments bound, as a pytree: new arrays in `args` never recompile."""
     return Partial(fn, *(travelling(arg) for arg in args))
+
+
+def register_pytree(cls: type) -> type:
+    """Class decorator: make a frozen dataclass a pytree; its fields, all data, are the children.
+
+    `jax.tree_util.register_dataclass` does as much, but to jaxlib (seen in 0.10.2 and 0.12.0) two
+    such classes with equally many fields have equal structures, so that a cache of `jit` can run
+    the program of one for the other.
+    """
+    names = tuple(field.name for field in dataclasses.fields(cls))
+    keys = tuple(jax.tree_util.GetAttrKey(name) for name in names)
+
+    def flatten(instance: Any) -> tuple[tuple, None]:
+        return tuple(getattr(instance, name) for name in names), None
+
+    def flatten_with_keys(instance: Any) -> tuple[tuple, None]:
+        return tuple(zip(keys, flatten(instance)[0], strict=True)), None
+
+    jax.tree_util.register_pytree_with_keys(
+        cls, flatten_with_keys, lambda _, children: cls(*children), flatten
+    )
+    return cls

@@ -9,21 +9,21 @@ result: jit(lambda x: sum(log(0.9 x) − log(0.5 x))) is 0. The fusion at fault 
 import os
 import warnings
 
-import jaxlib
+from jaxlib.version import __version__ as jaxlib_version
 
 _FLAG = "--xla_cpu_experimental_ynn_fusion_type"
 
 
 def guard_cpu_reductions() -> None:
     """Add the flag to XLA_FLAGS, unless the user has set it; warn if JAX has computed already."""
-    version = tuple(int(part) for part in jaxlib.__version__.split(".")[:3] if part.isdigit())
+    version = tuple(int(part) for part in jaxlib_version.split(".")[:3] if part.isdigit())
     flags = os.environ.get("XLA_FLAGS", "")
     if not (0, 10, 2) <= version < (0, 13) or _FLAG in flags:
         return  # other versions do not have the fault, or not the flag: an unknown one is fatal
     os.environ["XLA_FLAGS"] = f"{flags} {_FLAG}=".strip()
     if _has_computed():
         warnings.warn(
-            f"jaxlib {jaxlib.__version__} sums wrongly on the CPU, and JAX has computed before "
+            f"jaxlib {jaxlib_version} sums wrongly on the CPU, and JAX has computed before "
             "sde_score was imported, too early to mend it. Import sde_score before the first "
             f"computation, or set XLA_FLAGS={_FLAG}= in the environment.",
             stacklevel=3,

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from sde_score import _checks
-from sde_score._typing import SDE, Key, Scalar, ScoreFn
+from sde_score._typing import SDE, Key, Scalar, ScoreFn, register_pytree
 
 
 def _check_positive(name: str, value: object, *, zero: bool = False) -> None:
@@ -66,7 +66,7 @@ class _LinearBeta:
         return -0.5 * self.beta(t) * x
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclasses.dataclass(frozen=True)
 class VP(_LinearBeta):
     """Variance-preserving SDE dx = −½ beta(t) x dt + √beta(t) dw with linear beta (Song et al.
@@ -83,7 +83,7 @@ class VP(_LinearBeta):
         return jnp.sqrt(self.beta(t))
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclasses.dataclass(frozen=True)
 class SubVP(_LinearBeta):
     """Sub-VP SDE dx = −½ beta x dt + √(beta (1 − e^{−2B})) dw, sigma = 1 − e^{−B} (Song et al.
@@ -102,7 +102,7 @@ class SubVP(_LinearBeta):
         return jnp.sqrt(self.beta(t) * self.sigma(t) * (1.0 + decay))
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclasses.dataclass(frozen=True)
 class VE:
     """Variance-exploding SDE dx = √(d sigma²/dt) dw, sigma = sigma_min (sigma_max/sigma_min)^t

@@ -98,8 +98,7 @@ SUM = "jax.jit(lambda x: jnp.sum(jnp.log(0.9 * x) - jnp.log(0.5 * x)))(jnp.ones(
 
 @pytest.mark.parametrize("first", ["sde_score", "jax"])
 def test_the_compiler_sums_rightly(first):
-    """jaxlib 0.10.2 to 0.12.0 give 0 here on a CPU without the flag that importing sde_score sets.
-    """
+    """jaxlib 0.10.2 to 0.12.0 give 0 on a CPU without the flag that importing sde_score sets."""
     code = f"import {first}, jax, jax.numpy as jnp, sde_score; print(float({SUM}))"
     assert float(_python(code).stdout) == pytest.approx(20_000 * np.log(0.9 / 0.5), rel=1e-5)
 

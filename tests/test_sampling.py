@@ -14,7 +14,7 @@ import sde_score as ss
 from sde_score._checks import ArgumentError
 
 
-@jax.tree_util.register_dataclass
+@ss.register_pytree
 @dataclasses.dataclass(frozen=True)
 class Cosine:
     """A user's own SDE in six members: alpha = cos(πt/2), sigma = sin(πt/2)."""
@@ -298,7 +298,7 @@ def still(key, score_fn, sde, x_t, t, s):
     return x_t
 
 
-@jax.tree_util.register_dataclass
+@ss.register_pytree
 @dataclasses.dataclass(frozen=True)
 class Frozen(ss.VP):
     """Nothing moves."""

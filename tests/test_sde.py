@@ -17,13 +17,14 @@ from sde_score import (
     log_snr,
     perturb,
     prior_log_prob,
+    register_pytree,
     reverse_drift,
     sample_prior,
     time_of_log_snr,
 )
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclasses.dataclass(frozen=True)
 class Cosine:
     """A user's own SDE in six members: alpha = cos(πt/2), sigma = scale sin(πt/2)."""

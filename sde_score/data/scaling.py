@@ -2,15 +2,14 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sde_score import _checks
-from sde_score._typing import Scalar
+from sde_score._typing import Scalar, register_pytree
 
 
-@jax.tree_util.register_dataclass
+@register_pytree
 @dataclasses.dataclass(frozen=True)
 class Standardizer:
     """z = (x − mean) / std on one example x: [d], with log p(x) = log p(z) + log_det.
