@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -27,18 +28,24 @@ def cli(main: Callable[[Any], Metrics], default: Any, quick: Any) -> None:
     """
     args = [arg for arg in sys.argv[1:] if arg != "--quick"]
     start = quick if len(args) < len(sys.argv) - 1 else default
-    description = (
-        f"{sys.modules['__main__'].__doc__}\n--quick takes smaller defaults: a minute at most."
-    )
-    config = tyro.cli(type(default), args=args, default=start, description=description)
+    script = sys.modules["__main__"]
+    description = f"{script.__doc__}\n--quick takes smaller defaults: a minute at most."
+    prog = f"python -m {script.__spec__.name}" if script.__spec__ else None
+    config = tyro.cli(type(default), prog=prog, args=args, default=start, description=description)
     try:
         metrics = main(config)
-    except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    except (ValueError, OSError, ArithmeticError, RuntimeError) as error:
+        sys.exit(_one_line(error))
     width = max(map(len, metrics))
     for name, value in metrics.items():
         print(f"{name:{width}}  {value:.6g}")
     print(f"Written to {config.out}")
+
+
+def _one_line(error: Exception) -> str:
+    """The sentence of the library inside a long report of the runtime, or the error as it is."""
+    found = re.search(r"The solve did not reach.*?finite\.", str(error), re.DOTALL)
+    return f"{type(error).__name__}: {found.group() if found else error}"
 
 
 def check_numbers(config: Any, *, may_be_zero: tuple[str, ...]) -> None:
@@ -49,7 +56,10 @@ def check_numbers(config: Any, *, may_be_zero: tuple[str, ...]) -> None:
             value > 0 or value == 0 and field.name in may_be_zero
         ):
             rule = "at least 0" if field.name in may_be_zero else "above 0"
-            raise ValueError(f"`{field.name}` must be {rule}; got {value}. Change it.")
+            option = field.name.replace("_", "-")
+            raise ValueError(
+                f"`{field.name}` must be {rule}; got {value}. Give another --{option}."
+            )
 
 
 @contextlib.contextmanager
@@ -57,16 +67,20 @@ def results_folder(out: Path, config: Any) -> Iterator[Path]:
     """A folder to write into, which becomes `out` when the block ends well and leaves nothing when
     it does not.
     """
-    partial = _make_partial(out)
+    new = [folder for folder in (out, *out.parents) if not folder.exists()]
+    partial = None
     try:
-        write_json(partial / "config.json", dataclasses.asdict(config))
+        partial = _make_partial(out)
+        write_json(partial / "config.json", as_dict(config))
         yield partial
         for path in partial.iterdir():
             os.replace(path, out / path.name)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            out.rmdir()  # only if it is empty: a run that failed leaves no folder behind
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+        for folder in new:  # the innermost first; those that hold results stay
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
 
 def _make_partial(out: Path) -> Path:
@@ -80,9 +94,20 @@ def _make_partial(out: Path) -> Path:
         ) from error
 
 
+def as_dict(config: Any) -> dict[str, Any]:
+    """A configuration as JSON's types; an SDE in it keeps the name of its class."""
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    for name, value in values.items():
+        if dataclasses.is_dataclass(value):
+            values[name] = {"type": type(value).__name__} | dataclasses.asdict(value)
+        elif isinstance(value, Path):
+            values[name] = str(value)
+    return values
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON; a number that is not finite becomes null, as JSON has no such number."""
-    path.write_text(json.dumps(_plain(value), indent=2, default=str) + "\n")
+    path.write_text(json.dumps(_plain(value), indent=2) + "\n")
 
 
 def _plain(value: Any) -> Any:

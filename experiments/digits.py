@@ -11,7 +11,6 @@ import itertools
 import time
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +23,14 @@ from sklearn.mixture import GaussianMixture
 from threadpoolctl import threadpool_limits
 
 import sde_score as ss
-from experiments._run import Metrics, check_numbers, cli, results_folder, write_json
+from experiments._run import (
+    Metrics,
+    as_dict,
+    check_numbers,
+    cli,
+    results_folder,
+    write_json,
+)
 from sde_score import plots
 
 LEVELS = 17
@@ -54,10 +60,23 @@ class Config:
     mixture_components: tuple[int, ...] = (5, 10, 15)
     mixture_floors: tuple[float, ...] = (3e-4, 1e-3, 3e-3)  # added to the variances
     seed: int = 0
+    params: Path | None = None  # a score.safetensors to evaluate instead of training
     out: Path = Path("runs/digits")
 
     def __post_init__(self) -> None:
         check_numbers(self, may_be_zero=("seed", "dropout", "smoothing", "weight_decay"))
+        limits = {"num_test": (10, 297), "num_samples": (10, 10**6), "num_probes": (2, 1000)}
+        limits |= {"dropout": (0, 0.99), "smoothing": (0, 1)}
+        for name, (low, high) in limits.items():
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(
+                    f"`{name}` must lie in {low} … {high}; got {getattr(self, name)}."
+                )
+        if not self.mixture_components or min(self.mixture_components) < 1:
+            raise ValueError(
+                "`mixture_components` must hold numbers of components, each at least 1; got "
+                f"{self.mixture_components}. Give some, such as 5 10."
+            )
 
 
 QUICK = Config(
@@ -71,13 +90,6 @@ QUICK = Config(
 )
 
 
-class Bits(NamedTuple):
-    """Mean bits per dimension and its standard error over the held-out examples."""
-
-    value: float
-    stderr: float
-
-
 def main(config: Config) -> Metrics:
     """Train, sample, evaluate, compare; returns the metrics that it writes."""
     start = time.perf_counter()
@@ -86,25 +98,23 @@ def main(config: Config) -> Metrics:
         real = test.images[: config.num_test]
         keys = iter(jax.random.split(jax.random.key(config.seed), 8))
         net = ss.nets.MLP(config.width, config.depth, config.dropout)
-        state, losses, train_seconds = _train(next(keys), config, net, train)
-        score_fn = _score(net, config, state.ema_params)
-        metrics = _likelihood(next(keys), config, score_fn, real)
-        mixture, mixture_bits = _best_mixture(config, train.images, real)
-        metrics |= {
-            "gmm_bits_per_dim": mixture_bits.value,
-            "gmm_bits_per_dim_stderr": mixture_bits.stderr,
-        }
+        params, losses, train_seconds = _train(next(keys), config, net, train)
+        score_fn = _score(net, config, params)
+        data_key, probe_key = jax.random.split(next(keys))
+        passes = [
+            to_model(k, real) for k in jax.random.split(data_key, config.num_dequantisations)
+        ]
+        bits, metrics = _likelihood(probe_key, config, score_fn, passes)
+        mixture, mixture_bits = _best_mixture(next(keys), config, train.images, passes)
+        metrics |= _estimate("bits_per_dim", bits) | _estimate("gmm_bits_per_dim", mixture_bits)
+        metrics |= _estimate("bits_below_gmm", mixture_bits - bits)
         metrics["gmm_components"] = mixture.n_components
         samples = _draw(next(keys), score_fn, config.num_samples)
         mixture_samples = to_levels(mixture.sample(config.num_samples)[0].reshape(-1, 8, 8, 1))
         for name, images in (("", samples), ("gmm_", mixture_samples), ("train_", train.images)):
             metrics |= _two_sample(name, images, real)
         _plot(folder, samples, real, losses)
-        ss.save_params(
-            folder / "score.safetensors",
-            state.ema_params,
-            dataclasses.asdict(config) | {"out": None},
-        )
+        ss.save_params(folder / "score.safetensors", params, as_dict(config))
         metrics |= {"train_seconds": train_seconds, "total_seconds": time.perf_counter() - start}
         write_json(folder / "metrics.json", metrics)
     return metrics
@@ -161,6 +171,8 @@ def _train(key: ss.Key, config: Config, net: ss.nets.MLP, train: ss.data.Example
         optax.adamw(schedule, b2=0.99, weight_decay=config.weight_decay),
     )
     params = net.init(init_key, jnp.zeros((8, 8, 1)), 0.0)
+    if config.params is not None:
+        return ss.load_params(config.params, like=params)[0], None, 0.0
     batches = ss.data.batches(batch_key, train, config.batch_size)
     start = time.perf_counter()
     state, losses = ss.fit(
@@ -172,48 +184,44 @@ def _train(key: ss.Key, config: Config, net: ss.nets.MLP, train: ss.data.Example
         num_steps=config.num_steps,
         ema_decay=config.ema_decay,
     )
-    return state, losses, time.perf_counter() - start
+    return state.ema_params, losses, time.perf_counter() - start
 
 
 @partial(jax.jit, static_argnames="num_probes")
 def _log_likelihoods(
-    key: ss.Key, score_fn: Partial, sde: ss.SDE, images: Array, num_probes: int, tolerance: float
+    key: ss.Key, score_fn: Partial, sde: ss.SDE, x0: Array, tolerance: float, num_probes: int
 ) -> ss.Likelihood:
-    """The likelihood of each image, dequantised once; the draws depend on the key alone."""
-    data_key, probe_key = jax.random.split(key)
-    x0 = to_model(data_key, images)
-
     def one(key: ss.Key, x: Array) -> ss.Likelihood:
         return ss.log_likelihood(
             key, score_fn, sde, x, num_probes=num_probes, rtol=tolerance, atol=tolerance
         )
 
-    return jax.vmap(one)(jax.random.split(probe_key, len(x0)), x0)
+    return jax.vmap(one)(jax.random.split(key, len(x0)), x0)
 
 
-def _likelihood(key: ss.Key, config: Config, score_fn: Partial, images: Array) -> Metrics:
-    """Bits per dimension of held-out digits, and the terms of its error.
+def _likelihood(
+    key: ss.Key, config: Config, score_fn: Partial, passes: list[Array]
+) -> tuple[Array, Metrics]:
+    """Bits per dimension of each held-out digit, a mean over dequantisations, and its errors.
 
-    `bits_per_dim_stderr` is over the digits and holds the probes' part, `probe_stderr`; the terms
-    of tolerance and truncation are the changes from a 10 times looser tolerance and larger t0.
+    `probe_stderr` is the probes' part of the mean's standard error; the terms of tolerance and
+    truncation are its changes from a 10 times looser tolerance and a 10 times larger t0.
     """
-    keys = jax.random.split(key, config.num_dequantisations)
-    evaluate = partial(_log_likelihoods, images=images, num_probes=config.num_probes)
-    passes = [evaluate(k, score_fn, SDE, tolerance=1e-5) for k in keys]
-    bits = _mean(_bits(jnp.stack([result.log_prob for result in passes]).mean(axis=0)))
-    first = _mean(_bits(passes[0].log_prob))
-    loose = _mean(_bits(evaluate(keys[0], score_fn, SDE, tolerance=1e-4).log_prob))
-    later = dataclasses.replace(SDE, t0=10 * SDE.t0)
-    truncated = _mean(_bits(evaluate(keys[0], score_fn, later, tolerance=1e-5).log_prob))
-    probe_variance = jnp.stack([result.stderr**2 for result in passes]).mean() / len(passes)
-    return {
-        "bits_per_dim": bits.value,
-        "bits_per_dim_stderr": bits.stderr,
-        "probe_stderr": float(jnp.sqrt(probe_variance / len(images)) / (DIMS * jnp.log(2.0))),
-        "tolerance_term": abs(first.value - loose.value),
-        "truncation_term": abs(first.value - truncated.value),
-        "prior_term": _prior_mismatch(images),
-        "num_evals": float(passes[0].num_evals.max()),
+    keys = jax.random.split(key, len(passes))
+    evaluate = partial(_log_likelihoods, num_probes=config.num_probes)
+    results = [evaluate(k, score_fn, SDE, x0, 1e-5) for k, x0 in zip(keys, passes, strict=True)]
+    bits = _bits(jnp.stack([result.log_prob for result in results]).mean(axis=0))
+    loose = evaluate(keys[0], score_fn, SDE, passes[0], 1e-4)
+    truncated = dataclasses.replace(SDE, t0=10 * SDE.t0)
+    truncated = evaluate(keys[0], score_fn, truncated, passes[0], 1e-5)
+    change = lambda other: float(abs((_bits(other.log_prob) - _bits(results[0].log_prob)).mean()))
+    probe_variance = jnp.stack([result.stderr**2 for result in results]).mean() / len(results)
+    return bits, {
+        "probe_stderr": float(jnp.sqrt(probe_variance / bits.size) / (DIMS * jnp.log(2.0))),
+        "tolerance_term": change(loose),
+        "truncation_term": change(truncated),
+        "prior_term": _prior_mismatch(passes[0]),
+        "num_evals": float(results[0].num_evals.max()),
     }
 
 
@@ -221,41 +229,37 @@ def _bits(log_prob: Array) -> Array:
     return ss.bits_per_dim(log_prob, DIMS, bin_width=BIN_WIDTH)
 
 
-def _mean(bits: Array) -> Bits:
-    return Bits(float(bits.mean()), float(jnp.std(bits, ddof=1) / jnp.sqrt(bits.size)))
+def _estimate(name: str, values: Array) -> Metrics:
+    """A mean over the held-out digits and its standard error."""
+    stderr = jnp.std(values, ddof=1) / jnp.sqrt(values.size)
+    return {name: float(values.mean()), f"{name}_stderr": float(stderr)}
 
 
-def _prior_mismatch(images: Array) -> float:
-    """A bound of KL(p_t1 ‖ prior) in bits/dim: by convexity, the mean of KL(p(x_t1 | x_0) ‖
-    prior).
-    """
-    x0 = (images + 0.5) * BIN_WIDTH - 1.0
+def _prior_mismatch(x0: Array) -> float:
+    """A bound of KL(p_t1 ‖ prior) in bits/dim by convexity: the mean KL(p(x_t1 | x_0) ‖ prior)."""
     ratio = SDE.alpha(jnp.asarray(SDE.t1)) / SDE.sigma(jnp.asarray(SDE.t1))
     return float(0.5 * ratio**2 * jnp.mean(x0**2) / jnp.log(2.0))
 
 
-def _best_mixture(config: Config, train: Array, test: Array) -> tuple[GaussianMixture, Bits]:
-    """scikit-learn's full-covariance mixture with the best held-out bits/dim.
+def _best_mixture(
+    key: ss.Key, config: Config, train: Array, passes: list[Array]
+) -> tuple[GaussianMixture, Array]:
+    """scikit-learn's full-covariance mixture with the best held-out bits/dim, and these.
 
     It is fitted to four dequantisations of the training digits; its size and regularisation are
     chosen on the held-out digits themselves, which flatters it.
     """
-    train_key, test_key = jax.random.split(jax.random.key(config.seed))
-    x = np.concatenate([_as_table(key, train) for key in jax.random.split(train_key, 4)])
-    y = _as_table(test_key, test)
-    best, best_bits = None, Bits(np.inf, np.nan)
+    as_table = lambda x: np.asarray(x, np.float64).reshape(-1, DIMS)
+    x = np.concatenate([as_table(to_model(k, train)) for k in jax.random.split(key, 4)])
+    best, best_bits = None, jnp.array(jnp.inf)
     for components, floor in itertools.product(config.mixture_components, config.mixture_floors):
         model = GaussianMixture(components, reg_covar=floor, random_state=config.seed)
         with threadpool_limits(1):  # small matrices: threads that spin cost ten times the work
             model.fit(x)
-        bits = _mean(_bits(jnp.asarray(model.score_samples(y))))
-        if bits.value < best_bits.value:
-            best, best_bits = model, bits
+        log_prob = np.mean([model.score_samples(as_table(x0)) for x0 in passes], axis=0)
+        if _bits(jnp.asarray(log_prob)).mean() < best_bits.mean():
+            best, best_bits = model, _bits(jnp.asarray(log_prob))
     return best, best_bits
-
-
-def _as_table(key: ss.Key, images: Array) -> np.ndarray:
-    return np.asarray(to_model(key, images), np.float64).reshape(-1, DIMS)
 
 
 def _draw(key: ss.Key, score_fn: Partial, num: int) -> Array:
@@ -276,7 +280,7 @@ def _two_sample(name: str, images: Array, real: Array) -> Metrics:
     return values | {f"{name}{key}_stderr": float(e.stderr) for key, e in estimates.items()}
 
 
-def _plot(folder: Path, samples: Array, real: Array, losses: np.ndarray) -> None:
+def _plot(folder: Path, samples: Array, real: Array, losses: np.ndarray | None) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(9, 4.8), layout="constrained")
     for ax, title, images in zip(
         axes, ("samples", "held-out digits"), (samples, real), strict=True
@@ -284,7 +288,8 @@ def _plot(folder: Path, samples: Array, real: Array, losses: np.ndarray) -> None
         plots.image_grid(images[:100], columns=10, value_range=(0, LEVELS - 1), ax=ax)
         ax.set_title(title)
     plots.save(figure, folder / "samples.png")
-    plots.save(plots.loss_curve(losses).figure, folder / "loss.png")
+    if losses is not None:
+        plots.save(plots.loss_curve(losses).figure, folder / "loss.png")
 
 
 if __name__ == "__main__":

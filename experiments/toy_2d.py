@@ -18,7 +18,14 @@ from jax.tree_util import Partial
 from jaxtyping import Array
 
 import sde_score as ss
-from experiments._run import Metrics, check_numbers, cli, results_folder, write_json
+from experiments._run import (
+    Metrics,
+    as_dict,
+    check_numbers,
+    cli,
+    results_folder,
+    write_json,
+)
 from sde_score import plots
 
 Name = Literal[
@@ -48,10 +55,13 @@ class Config:
     num_test: int = 1_000
     resolution: int = 100
     seed: int = 0
+    params: Path | None = None  # a score.safetensors to evaluate instead of training
     out: Path = Path("runs/toy_2d")
 
     def __post_init__(self) -> None:
         check_numbers(self, may_be_zero=("seed",))
+        if min(self.num_samples, self.num_test) < 10:
+            raise ValueError("`num_samples` and `num_test` must be at least 10. Raise them.")
 
 
 QUICK = Config(num_steps=1_000, num_samples=500, num_test=100, resolution=30)
@@ -72,14 +82,11 @@ def main(config: Config) -> Metrics:
         }
         real, test = density(next(keys), config.num_samples), density(next(keys), config.num_test)
         metrics = _nll(density, score_fn, config, test)
-        metric_key = next(keys)
         for name, samples in draws.items():
-            metrics |= _two_sample(metric_key, name, samples, real)
+            metrics |= _two_sample(next(keys), name, samples, real)
         metrics["total_seconds"] = time.perf_counter() - start
         plots.save(_figure(config, density, score_fn, x0, draws), folder / "figure.png")
-        ss.save_params(
-            folder / "score.safetensors", params, dataclasses.asdict(config) | {"out": None}
-        )
+        ss.save_params(folder / "score.safetensors", params, as_dict(config))
         write_json(folder / "metrics.json", metrics)
     return metrics
 
@@ -103,6 +110,8 @@ def _train(key: ss.Key, config: Config, x0: Array) -> ss.Params:
         )
 
     params = ss.nets.MLP(config.width, config.depth).init(init_key, x0[0], 0.0)
+    if config.params is not None:
+        return ss.load_params(config.params, like=params)[0]
     schedule = optax.cosine_decay_schedule(config.learning_rate, config.num_steps)
     batches = ss.data.batches(batch_key, x0, config.batch_size)
     state, _ = ss.fit(

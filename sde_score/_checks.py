@@ -84,7 +84,8 @@ def check_count(name: str, value: Any, minimum: int = 1) -> None:
     """`value` is a whole number of at least `minimum`, known when tracing."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < minimum:
         raise ArgumentError(
-            f"`{name}` must be a Python integer of at least {minimum}; got {describe(value)}."
+            f"`{name}` must be a Python integer of at least {minimum}; got {describe(value)}. "
+            "It is known when tracing: pass a number, not an array."
         )
 
 
@@ -93,9 +94,13 @@ def check_positive(name: str, value: Any, *, zero: bool = False) -> None:
     if value is None or not is_concrete(value):
         return
     number = np.asarray(value)
+    if not np.issubdtype(number.dtype, np.number):
+        raise ArgumentError(f"`{name}` must be a number; got {describe(value)}. Convert it first.")
     if not (np.all(np.isfinite(number)) and np.all(number >= 0 if zero else number > 0)):
         rule = "at least 0" if zero else "above 0"
-        raise ArgumentError(f"`{name}` must be finite and {rule}; got {describe(value)}.")
+        raise ArgumentError(
+            f"`{name}` must be finite and {rule}; got {describe(value)}. Check its sign and scale."
+        )
 
 
 def check_time(name: str, t: Any, sde: SDE) -> None:
@@ -110,6 +115,18 @@ def check_time(name: str, t: Any, sde: SDE) -> None:
             f"{describe(t)}. "
             "To go nearer to the data, lower t0 with dataclasses.replace(sde, t0=...)."
         )
+
+
+def at_least_float32(x: Any) -> jax.Array:
+    """`x` in its dtype, or in float32 if that is narrower: times and states need the digits."""
+    x = jnp.asarray(x)
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def check_end(name: str, time: Any, end_name: str, end: Any, fix: str) -> None:
+    """A grid's first or last time is that end of the SDE's, up to float32 rounding."""
+    if is_concrete(time, end) and not np.isclose(time, end, rtol=1e-5, atol=0.0):
+        raise ArgumentError(f"`{name}` must be {end_name} = {end}; got {describe(time)}. {fix}")
 
 
 def check_grid(ts: Any, sde: SDE) -> None:
@@ -129,7 +146,7 @@ def check_grid(ts: Any, sde: SDE) -> None:
 
 
 def call(fn: Callable, x: jax.Array, *args: Any, name: str = "score_fn") -> jax.Array:
-    """`fn(x, *args)`, which must return an array of the shape of `x`."""
+    """`fn(x, *args)`, which must return an array of the shape of `x`, in the dtype of `x`."""
     fix = (
         f"`{name}` takes one example, x of shape {x.shape}, and a scalar t: "
         "wrap a batched network with `lambda x, t: net(x[None], t[None])[0]`, and jax.vmap over a "
@@ -137,23 +154,44 @@ def call(fn: Callable, x: jax.Array, *args: Any, name: str = "score_fn") -> jax.
     )
     try:
         out = fn(x, *args)
-    except ArgumentError:
+    except (ArgumentError, jax.errors.KeyReuseError):
         raise
-    except (TypeError, IndexError, ValueError) as error:
-        raise ArgumentError(f"`{name}` failed on one example: {error}\n{fix}") from error
+    except Exception as error:  # whatever error the network's framework has
+        raise ArgumentError(
+            f"`{name}` failed on one example: {type(error).__name__}: {error}\n{fix}"
+        ) from error
     if jnp.shape(out) != x.shape:
         raise ArgumentError(
             f"`{name}` must return the shape of `x`; got {jnp.shape(out)} for x of shape "
             f"{x.shape}. {fix}"
         )
-    return out
+    return jnp.asarray(out, x.dtype)
 
 
-def check_scalar_time(t: Any) -> None:
-    """`t` is one time."""
+def check_scalar_time(t: Any, sde: SDE) -> None:
+    """`t` is one time, in [t0, t1] where it is concrete."""
     check_shape(
         "t", jnp.shape(t), (), "One example has one time: jax.vmap over examples and times."
     )
+    check_time("t", t, sde)
+
+
+def check_event_shape(shape: Any) -> None:
+    """`shape` is that of one example."""
+    if not (isinstance(shape, tuple) and all(isinstance(n, int) and n > 0 for n in shape)):
+        raise ArgumentError(
+            f"`shape` must be a tuple of positive integers, that of one example; got {shape!r}. "
+            "For several samples, jax.vmap over keys."
+        )
+
+
+def check_sde(sde: Any) -> None:
+    """`sde` has the six members of the protocol."""
+    if isinstance(sde, type) or not isinstance(sde, SDE):
+        raise ArgumentError(
+            f"`sde` must be an SDE with t0, t1, alpha, sigma, drift and diffusion; got {sde!r}. "
+            "Pass an instance such as VP()."
+        )
 
 
 def check_scalar(name: str, value: Any, source: str) -> Scalar:

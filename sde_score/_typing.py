@@ -1,7 +1,7 @@
 """The vocabulary of the library, said once."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import jax
@@ -76,7 +76,11 @@ def register_pytree(cls: type) -> type:
     def flatten_with_keys(instance: Any) -> tuple[tuple, None]:
         return tuple(zip(keys, flatten(instance)[0], strict=True)), None
 
-    jax.tree_util.register_pytree_with_keys(
-        cls, flatten_with_keys, lambda _, children: cls(*children), flatten
-    )
+    def unflatten(_: None, children: Iterable) -> Any:
+        instance = object.__new__(cls)  # no __post_init__: a gradient need not be a valid instance
+        for name, child in zip(names, children, strict=True):
+            object.__setattr__(instance, name, child)
+        return instance
+
+    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
     return cls

@@ -18,8 +18,8 @@ def guard_cpu_reductions() -> None:
     """Add the flag to XLA_FLAGS, unless the user has set it; warn if JAX has computed already."""
     version = tuple(int(part) for part in jaxlib_version.split(".")[:3] if part.isdigit())
     flags = os.environ.get("XLA_FLAGS", "")
-    if not (0, 10, 2) <= version < (0, 13) or _FLAG in flags:
-        return  # other versions do not have the fault, or not the flag: an unknown one is fatal
+    if not (0, 10, 2) <= version <= (0, 12, 0) or _FLAG in flags:
+        return  # seen in these versions; to another the flag may be unknown, which is fatal
     os.environ["XLA_FLAGS"] = f"{flags} {_FLAG}=".strip()
     if _has_computed():
         warnings.warn(

@@ -49,6 +49,23 @@ class Control(NamedTuple):
     shortest: Scalar | None = None
 
 
+def make_control(
+    ts: Array | None,
+    rtol: Scalar | None,
+    atol: Scalar | None,
+    max_steps: int,
+    default: Scalar = 1e-5,
+) -> Control:
+    """Fixed steps along `ts`, or else adaptive ones to the tolerances given or the default one."""
+    if ts is not None and not (rtol is None and atol is None):
+        raise _checks.ArgumentError(
+            f"`ts` must not be given with `rtol` or `atol`; got rtol={rtol}, atol={atol}. A grid "
+            "fixes the steps, tolerances adapt them: drop one."
+        )
+    rtol, atol = (default if tolerance is None else tolerance for tolerance in (rtol, atol))
+    return Control(ts, rtol, atol, max_steps)
+
+
 def solve_ode(
     field: Field,
     x: Any,
@@ -62,6 +79,7 @@ def solve_ode(
     adjoint: diffrax.AbstractAdjoint | None = None,
 ) -> Solution:
     """Integrate dx/dt = field(t, x, args) from `start` to `stop`, in either direction."""
+    _check_solver(solver)
     structure = solver.term_structure
     if not (isinstance(structure, type) and not issubclass(structure, diffrax.MultiTerm)):
         raise _checks.ArgumentError(
@@ -135,6 +153,7 @@ def solve_reverse_sde(
     adjoint or a `brownian_tol` take a `VirtualBrownianTree`: one fixed path for one key, whatever
     the steps. No step is shorter than twice its tolerance, below which its increments are wrong.
     """
+    _check_solver(solver)
     converges = isinstance(
         solver, diffrax.AbstractItoSolver | diffrax.AbstractStratonovichSolver
     ) and not isinstance(solver, diffrax.AbstractFosterLangevinSRK)
@@ -165,6 +184,14 @@ def solve_reverse_sde(
     )
     args = (score_fn, sde)
     return _solve(terms, solver, x, args, -start, -stop, control, _negated(saveat), adjoint)
+
+
+def _check_solver(solver: Any) -> None:
+    if not isinstance(solver, diffrax.AbstractSolver):
+        raise _checks.ArgumentError(
+            "`solver` must be one of diffrax's solvers, an instance such as diffrax.Dopri5(); "
+            f"got {solver!r}. Call the class, or pass the object rather than its name."
+        )
 
 
 def _negated(times: Array | None) -> Array | None:
@@ -198,6 +225,10 @@ def _solve(
         subs.append(diffrax.SubSaveAt(ts=saveat))
     # jaxlib (0.10.2) takes registered dataclasses with equally many fields for the same structure,
     # so diffrax, which jits inside, would run VP's program for a VE. The name tells them apart.
+    # And a Python number would be static there: another beta, another compilation.
+    args = jax.tree.map(
+        lambda leaf: jnp.asarray(leaf) if isinstance(leaf, float | int) else leaf, args
+    )
     named_args = {str(jax.tree.structure(args)): args}
     # TF32 and bfloat16 products would swamp the tolerances.
     with jax.default_matmul_precision("float32"):
@@ -262,11 +293,12 @@ def _controller(
     for name, tolerance in (("rtol", control.rtol), ("atol", control.atol)):
         _checks.check_positive(name, tolerance)
     _check_rtol(control.rtol, dtype)
+    rtol, atol = jnp.asarray(control.rtol, dtype), jnp.asarray(control.atol, dtype)
     if is_ode:
-        return diffrax.PIDController(control.rtol, control.atol)
+        return diffrax.PIDController(rtol, atol)
     # Damped, as noise makes error estimates jump (diffrax's advice for SDEs).
     return diffrax.PIDController(
-        control.rtol, control.atol, pcoeff=0.1, icoeff=0.3, dcoeff=0, dtmin=control.shortest
+        rtol, atol, pcoeff=0.1, icoeff=0.3, dcoeff=0, dtmin=control.shortest
     )
 
 

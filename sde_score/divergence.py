@@ -2,7 +2,7 @@
 
 Both come from one linearisation (`jax.linearize`): the value is paid for once, each direction is
 one Jacobian-vector product. Hutchinson's estimator is vᵀ (∂f/∂x) v with E[v vᵀ] = I (Hutchinson
-1990; Grathwohl et al. 2018, eq. 7).
+1990; Grathwohl et al. 2018, sec. 3.1).
 """
 
 from collections.abc import Callable

@@ -46,7 +46,7 @@ class GaussianMixture:
             jnp.asarray(field, float) for field in (self.weights, self.means, self.covariances)
         ]
         _check_mixture(*arrays)
-        self._set(*arrays, Spectrum(*jnp.linalg.eigh(arrays[2])))
+        self._set(*arrays, _decompose(self.covariances, arrays[2]))
 
     def _set(self, *values: Any) -> None:
         for field, value in zip(dataclasses.fields(self), values, strict=True):
@@ -122,6 +122,7 @@ class GaussianMixture:
 
 def marginal(gmm: GaussianMixture, sde: SDE, t: Scalar) -> GaussianMixture:
     """p_t, the law of x_t when x_0 ~ gmm: components N(alpha m, alpha² C + sigma² I)."""
+    _checks.check_scalar_time(t, sde)
     alpha, variance = sde.alpha(t), sde.sigma(t) ** 2
     identity = jnp.eye(gmm.dim, dtype=gmm.means.dtype)
     covariances = alpha**2 * gmm.covariances + variance * identity[None]
@@ -146,7 +147,6 @@ def posterior_mean(
     gmm: GaussianMixture, sde: SDE, x_t: Float[Array, " d"], t: Scalar
 ) -> Float[Array, " d"]:
     """E[x_0 | x_t] = Σ_k p(k | x_t) [m_k + alpha C_k (alpha² C_k + sigma²)⁻¹(x_t − alpha m_k)]."""
-    _checks.check_time("t", t, sde)
     noised = marginal(gmm, sde, t)
     gain = sde.alpha(t) * gmm.spectrum.values / jnp.sqrt(noised.spectrum.values)
     means = gmm.means + _einsum("kij,kj->ki", gmm.spectrum.vectors, gain * noised._whiten(x_t))
@@ -167,8 +167,6 @@ def gaussian_flow(
             f"{gmm.means.shape[0]}. "
             "Solve probability_flow with exact_score(gmm, sde) instead."
         )
-    _checks.check_time("start", start, sde)
-    _checks.check_time("stop", stop, sde)
     whitened = marginal(gmm, sde, start)._whiten(x)
     end = marginal(gmm, sde, stop)
     values, vectors = end.spectrum
@@ -200,7 +198,16 @@ def _check_mixture(weights: Array, means: Array, covariances: Array) -> None:
         raise _checks.ArgumentError(
             "`covariances` must be symmetric. Average them with their transposes."
         )
-    if np.any(np.linalg.eigvalsh(matrices) <= 0):
+
+
+def _decompose(given: Any, covariances: Array) -> Spectrum:
+    """The spectrum, in double precision from the covariances as given where they are concrete."""
+    if not _checks.is_concrete(given):
+        return Spectrum(*jnp.linalg.eigh(covariances))
+    values, vectors = np.linalg.eigh(np.asarray(given, np.float64))
+    if np.any(values <= 0):
         raise _checks.ArgumentError(
-            "`covariances` must be positive definite. Add a small multiple of the identity."
+            f"`covariances` must be positive definite; their least eigenvalue is "
+            f"{values.min():.3g}. Add a small multiple of the identity."
         )
+    return Spectrum(*(jnp.asarray(part, covariances.dtype) for part in (values, vectors)))

@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 import diffrax
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from sde_score import _checks
 from sde_score._typing import SDE, Key, Scalar, ScoreFn, travelling
-from sde_score.diffeq import Control, flow_field, solve_ode_with_log_density
+from sde_score.diffeq import flow_field, make_control, solve_ode_with_log_density
 from sde_score.divergence import rademacher_probes
 from sde_score.sde import prior_log_prob
 
@@ -50,11 +51,9 @@ def log_likelihood(
     `exact_log_likelihood`: signs take too few values there. Options as for `exact_log_likelihood`.
     """
     _checks.check_key(key)
+    _checks.check_count("num_probes", num_probes)
     _checks.check_data("x0", x0)
-    x0 = jnp.asarray(x0)
-    return _log_likelihood(
-        score_fn, sde, x0, probes(key, num_probes, x0.shape).astype(x0.dtype), **options
-    )
+    return _log_likelihood(score_fn, sde, x0, probes(key, num_probes, jnp.shape(x0)), **options)
 
 
 def exact_log_likelihood(
@@ -67,7 +66,7 @@ def exact_log_likelihood(
     `probability_flow` `solver`, `ts`, `rtol`, `atol`, `max_steps`, `adjoint`.
     """
     _checks.check_data("x0", x0)
-    return _log_likelihood(score_fn, sde, jnp.asarray(x0), None, **options)
+    return _log_likelihood(score_fn, sde, x0, None, **options)
 
 
 def _log_likelihood(
@@ -79,17 +78,23 @@ def _log_likelihood(
     terminal_log_prob: Callable[[Array], Scalar] | None = None,
     solver: diffrax.AbstractSolver | None = None,
     ts: Float[Array, " n"] | None = None,
-    rtol: Scalar = 1e-5,
-    atol: Scalar = 1e-5,
+    rtol: Scalar | None = None,
+    atol: Scalar | None = None,
     max_steps: int = 4096,
     adjoint: diffrax.AbstractAdjoint | None = None,
 ) -> Likelihood:
+    _checks.check_sde(sde)
+    x0 = _checks.at_least_float32(x0)
+    probes = None if probes is None else probes.astype(x0.dtype)
     if ts is not None:
         _checks.check_grid(ts, sde)
+        fix = "The value is log p_t0: change the SDE's ends with dataclasses.replace."
+        _checks.check_end("ts[0]", ts[0], "t1", sde.t1, fix)
+        _checks.check_end("ts[-1]", ts[-1], "t0", sde.t0, fix)
         ts = jnp.asarray(ts, x0.dtype)[::-1]
-    start, stop = (
-        jnp.asarray(t, x0.dtype) for t in ((sde.t0, sde.t1) if ts is None else (ts[0], ts[-1]))
-    )
+    start, stop = (jnp.asarray(t, x0.dtype) for t in (sde.t0, sde.t1))
+    if ts is not None:
+        start, stop = ts[0], ts[-1]
     solution, changes = solve_ode_with_log_density(
         flow_field,
         x0,
@@ -98,7 +103,7 @@ def _log_likelihood(
         start,
         stop,
         solver=solver or diffrax.Dopri5(),
-        control=Control(ts, rtol, atol, max_steps),
+        control=make_control(ts, rtol, atol, max_steps),
         adjoint=adjoint,
     )
     terminal = (
@@ -143,9 +148,11 @@ def uniform_dequantize(key: Key, levels: Array, num_levels: int) -> Float[Array,
             f"`levels` must be integers 0 … {num_levels - 1}; got {levels.dtype}. Undo the "
             "scaling of the data first."
         )
-    if _checks.is_concrete(levels) and bool(jnp.any((levels < 0) | (levels >= num_levels))):
+    known = np.asarray(levels) if _checks.is_concrete(levels) else np.zeros(1)  # numpy widens 256
+    if np.any(known < 0) or np.any(known >= num_levels):
         raise _checks.ArgumentError(
             f"`levels` must lie in 0 … {num_levels - 1}; got {_checks.describe(levels)}. Raise "
             "`num_levels`."
         )
-    return (levels + jax.random.uniform(key, levels.shape)) / num_levels
+    x = (levels + jax.random.uniform(key, levels.shape)) / num_levels
+    return jnp.minimum(x, 1.0 - jnp.finfo(x.dtype).epsneg)  # the sum may have rounded up

@@ -29,8 +29,7 @@ def score_from_noise(sde: SDE, noise_fn: Callable) -> Partial:
 
 
 def score_from_denoiser(sde: SDE, denoiser: Callable) -> Partial:
-    """s = (alpha·denoiser(x, t) − x)/sigma² (Tweedie's formula; Vincent 2011, eq. 12 for alpha =
-    1).
+    """s = (alpha·denoiser(x, t) − x)/sigma² (Tweedie's formula).
 
     In float32 the difference loses digits as sigma → 0; `score_from_preconditioned` does not.
     """
@@ -57,7 +56,7 @@ def noise_from_score(sde: SDE, score_fn: ScoreFn) -> Partial:
 
 def denoiser_from_score(sde: SDE, score_fn: ScoreFn) -> Partial:
     """E[x_0 | x_t] as a function of (x, t): `denoise` with its first two arguments bound."""
-    return bind(_denoiser_from_score, sde, score_fn)
+    return bind(denoise, score_fn, sde)
 
 
 def velocity_from_score(sde: SDE, score_fn: ScoreFn) -> Partial:
@@ -65,9 +64,11 @@ def velocity_from_score(sde: SDE, score_fn: ScoreFn) -> Partial:
     return bind(_velocity_from_score, sde, score_fn)
 
 
-def denoise(score_fn: ScoreFn, sde: SDE, x_t: Event, t: Scalar) -> Event:
-    """E[x_0 | x_t] = (x_t + sigma² s(x_t, t))/alpha (Tweedie's formula; Efron 2011, eq. 2.8)."""
-    return (x_t + sde.sigma(t) ** 2 * _checks.call(score_fn, x_t, t)) / sde.alpha(t)
+def denoise(score_fn: ScoreFn, sde: SDE, x_t: Event, t: Scalar, *context: Array) -> Event:
+    """E[x_0 | x_t] = (x_t + sigma² s(x_t, t))/alpha (Tweedie's formula; Efron 2011, sec. 2)."""
+    _checks.check_floating("x_t", x_t)
+    _checks.check_scalar_time(t, sde)
+    return (x_t + sde.sigma(t) ** 2 * _checks.call(score_fn, x_t, t, *context)) / sde.alpha(t)
 
 
 def precondition(sde: SDE, net_fn: Callable, *, sigma_data: Scalar) -> Partial:
@@ -83,12 +84,14 @@ def precondition(sde: SDE, net_fn: Callable, *, sigma_data: Scalar) -> Partial:
 
 
 def _score_from_noise(sde: SDE, noise_fn: Callable, x: Event, t: Scalar, *context: Array) -> Event:
+    _checks.check_scalar_time(t, sde)
     return -_checks.call(noise_fn, x, t, *context, name="noise_fn") / sde.sigma(t)
 
 
 def _score_from_denoiser(
     sde: SDE, denoiser: Callable, x: Event, t: Scalar, *context: Array
 ) -> Event:
+    _checks.check_scalar_time(t, sde)
     x0 = _checks.call(denoiser, x, t, *context, name="denoiser")
     return (sde.alpha(t) * x0 - x) / sde.sigma(t) ** 2
 
@@ -96,6 +99,7 @@ def _score_from_denoiser(
 def _score_from_velocity(
     sde: SDE, velocity_fn: Callable, x: Event, t: Scalar, *context: Array
 ) -> Event:
+    _checks.check_scalar_time(t, sde)
     alpha, sigma = sde.alpha(t), sde.sigma(t)
     velocity = _checks.call(velocity_fn, x, t, *context, name="velocity_fn")
     return -(sigma * x + alpha * velocity) / (sigma * (alpha**2 + sigma**2))
@@ -104,6 +108,7 @@ def _score_from_velocity(
 def _score_from_preconditioned(
     sde: SDE, net_fn: Callable, sigma_data: Scalar, x: Event, t: Scalar, *context: Array
 ) -> Event:
+    _checks.check_scalar_time(t, sde)
     c_in, c_noise = _input_scaling(sde, sigma_data, t)
     net = _checks.call(net_fn, c_in * x, c_noise, *context, name="net_fn")
     return -(c_in**2) * x + sde.alpha(t) * sigma_data * c_in / sde.sigma(t) * net
@@ -112,6 +117,7 @@ def _score_from_preconditioned(
 def _preconditioned(
     sde: SDE, net_fn: Callable, sigma_data: Scalar, x: Event, t: Scalar, *context: Array
 ) -> Event:
+    _checks.check_scalar_time(t, sde)
     c_in, c_noise = _input_scaling(sde, sigma_data, t)
     net = _checks.call(net_fn, c_in * x, c_noise, *context, name="net_fn")
     return sde.alpha(t) * (sigma_data * c_in) ** 2 * x + sde.sigma(t) * sigma_data * c_in * net
@@ -123,18 +129,14 @@ def _input_scaling(sde: SDE, sigma_data: Scalar, t: Scalar) -> tuple[Scalar, Sca
 
 
 def _noise_from_score(sde: SDE, score_fn: ScoreFn, x: Event, t: Scalar, *context: Array) -> Event:
+    _checks.check_scalar_time(t, sde)
     return -sde.sigma(t) * _checks.call(score_fn, x, t, *context)
-
-
-def _denoiser_from_score(
-    sde: SDE, score_fn: ScoreFn, x: Event, t: Scalar, *context: Array
-) -> Event:
-    return (x + sde.sigma(t) ** 2 * _checks.call(score_fn, x, t, *context)) / sde.alpha(t)
 
 
 def _velocity_from_score(
     sde: SDE, score_fn: ScoreFn, x: Event, t: Scalar, *context: Array
 ) -> Event:
+    _checks.check_scalar_time(t, sde)
     alpha, sigma = sde.alpha(t), sde.sigma(t)
     score = _checks.call(score_fn, x, t, *context)
     return -(sigma * x + sigma * (alpha**2 + sigma**2) * score) / alpha

@@ -1,7 +1,7 @@
 """Linear stochastic differential equations as data, and the functions that need nothing but one.
 
 Every SDE here is dx = f(x, t) dt + g(t) dw with p(x_t | x_0) = N(alpha(t) x_0, sigma(t)² I)
-(Song et al. 2021, arXiv 2011.13456). It is a pytree: a changed number never recompiles.
+(Song et al. 2021, arXiv 2011.13456). It is a pytree: under `jit`, another number never recompiles.
 """
 
 import dataclasses
@@ -9,31 +9,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 from sde_score import _checks
 from sde_score._typing import SDE, Key, Scalar, ScoreFn, register_pytree
 
 
-def _check_positive(name: str, value: object, *, zero: bool = False) -> None:
-    if _is_number(value):
-        _checks.check_positive(name, value, zero=zero)
-
-
 def _check_increasing(low_name: str, low: Any, high_name: str, high: Any) -> None:
-    if _is_number(low) and _is_number(high) and not low < high:
+    if _checks.is_concrete(low, high) and not low < high:
         raise _checks.ArgumentError(
             f"`{low_name}` must be below `{high_name}`; got {low_name}={low}, {high_name}={high}. "
             "Swap or change them."
         )
-
-
-def _is_number(value: object) -> bool:
-    """Only Python's and numpy's numbers are checked: tracers, and whatever else a pytree is
-    unflattened with, pass.
-    """
-    return isinstance(value, int | float | np.number) and not isinstance(value, bool)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +36,7 @@ class _LinearBeta:
 
     def __post_init__(self) -> None:
         for name in ("beta_min", "beta_max", "t0", "t1"):
-            _check_positive(name, getattr(self, name))
+            _checks.check_positive(name, getattr(self, name))
         _check_increasing("t0", self.t0, "t1", self.t1)
 
     def beta(self, t: Scalar) -> Scalar:
@@ -119,8 +106,8 @@ class VE:
 
     def __post_init__(self) -> None:
         for name in ("sigma_min", "sigma_max", "t1"):
-            _check_positive(name, getattr(self, name))
-        _check_positive("t0", self.t0, zero=True)
+            _checks.check_positive(name, getattr(self, name))
+        _checks.check_positive("t0", self.t0, zero=True)
         _check_increasing("sigma_min", self.sigma_min, "sigma_max", self.sigma_max)
         _check_increasing("t0", self.t0, "t1", self.t1)
 
@@ -146,8 +133,7 @@ def perturb(key: Key, sde: SDE, x0: Float[Array, "*event"], t: Scalar) -> tuple[
     """A draw x_t = alpha(t) x_0 + sigma(t) z of p(x_t | x_0), and its noise z ~ N(0, I)."""
     _checks.check_key(key)
     _checks.check_floating("x0", x0)
-    _checks.check_scalar_time(t)
-    _checks.check_time("t", t, sde)
+    _checks.check_scalar_time(t, sde)
     noise = jax.random.normal(key, jnp.shape(x0), jnp.result_type(x0))
     return sde.alpha(t) * x0 + sde.sigma(t) * noise, noise
 
@@ -156,31 +142,35 @@ def log_snr(sde: SDE, t: Scalar) -> Scalar:
     """The logarithm of the signal-to-noise ratio, ln(alpha²/sigma²); its time derivative is
     −g²/sigma².
     """
+    _checks.check_time("t", t, sde)
     return 2.0 * (jnp.log(sde.alpha(t)) - jnp.log(sde.sigma(t)))
 
 
 def time_of_log_snr(sde: SDE, value: Scalar) -> Scalar:
-    """The time t in [t0, t1] with log_snr(t) = value, by bisection: any SDE, since log-SNR
-    decreases in t.
+    """The time t in [t0, t1] with log_snr(t) = value, for any SDE, as log-SNR decreases in t.
+
+    Bisection, then one Newton step with dlog_snr/dt = −g²/sigma², which carries the gradient.
     """
     value = jnp.asarray(value, jnp.result_type(float, value))
+    fixed, target = jax.lax.stop_gradient((sde, value))
 
     def halve(_: int, bracket: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = bracket
         middle = 0.5 * (low + high)
-        later = log_snr(sde, middle) > value
+        later = log_snr(fixed, middle) > target
         return jnp.where(later, middle, low), jnp.where(later, high, middle)
 
-    ends = tuple(jnp.full_like(value, end) for end in (sde.t0, sde.t1))
-    low, high = jax.lax.fori_loop(
-        0, 70, halve, ends
-    )  # 2^-70: past float64's resolution at t = 1e-5
-    return 0.5 * (low + high)
+    ends = tuple(jnp.full_like(target, end) for end in (fixed.t0, fixed.t1))
+    # 2^-70 lies past float64's resolution at t = 1e-5.
+    t = 0.5 * sum(jax.lax.fori_loop(0, 70, halve, ends))
+    slope = (fixed.diffusion(t) / fixed.sigma(t)) ** 2
+    return jnp.clip(t + (log_snr(sde, t) - value) / slope, sde.t0, sde.t1)
 
 
 def sample_prior(key: Key, sde: SDE, shape: tuple[int, ...]) -> Float[Array, "*shape"]:
     """A draw of the prior N(0, sigma(t1)² I)."""
     _checks.check_key(key)
+    _checks.check_event_shape(shape)
     return sde.sigma(jnp.asarray(sde.t1)) * jax.random.normal(key, shape)
 
 
@@ -202,5 +192,6 @@ def reverse_drift(
     churn = 1 is the reverse SDE (Anderson 1982; Song et al. 2021, eq. 6), churn = 0 the
     probability-flow ODE (eq. 13); both lie in the family of Karras et al. 2022, eq. 103.
     """
+    _checks.check_scalar_time(t, sde)
     score = _checks.call(score_fn, x, t)
     return sde.drift(x, t) - 0.5 * (1.0 + churn**2) * sde.diffusion(t) ** 2 * score

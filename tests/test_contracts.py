@@ -70,7 +70,6 @@ FUNCTIONS = {
 }
 
 
-@pytest.mark.diffrax_keys
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_new_numbers_never_trace_again(name):
     """Another SDE of its type, new parameters, time and key: one trace, and other results."""
@@ -168,7 +167,6 @@ CONSUMERS = {
 }
 
 
-@pytest.mark.diffrax_keys
 @pytest.mark.parametrize("consumer", CONSUMERS)
 @pytest.mark.parametrize("network", BATCHED)
 def test_a_batched_network_is_told_how_to_be_wrapped(consumer, network):
@@ -212,3 +210,84 @@ def test_the_sde_of_the_readme_obeys_the_protocol():
     np.testing.assert_allclose(sde.drift(1.0, t), rate, rtol=1e-6)  # float32
     squared = sde.diffusion(t) ** 2
     np.testing.assert_allclose(squared, growth - 2 * rate * sde.sigma(t) ** 2, rtol=1e-6)
+
+
+EAGER = {
+    "sample_ode": lambda sde, s: ss.sample_ode(jax.random.key(0), s, sde, (2,), rtol=1e-2),
+    "sample_sde": lambda sde, s: ss.sample_sde(
+        jax.random.key(0), s, sde, (2,), ts=jnp.array([1.0, 0.5, 0.1])
+    ),
+    "log_likelihood": lambda sde, s: ss.exact_log_likelihood(s, sde, X, rtol=1e-2, atol=1e-2),
+}
+
+
+@pytest.mark.parametrize("name", EAGER)
+def test_new_numbers_never_recompile_a_solve_outside_jit_either(name):
+    """Python numbers in an SDE are data for diffrax too: its solve is traced once."""
+    traced = []
+
+    def score(x, t):
+        traced.append(t)
+        return -x
+
+    score = Partial(score)
+    first = EAGER[name](ss.VP(), score)
+    count = len(traced)
+    second = EAGER[name](ss.VP(beta_max=15.0), score)
+    tail = 1 if name == "sample_sde" else 0  # `finish` runs outside the solve
+    assert count > tail and len(traced) - count == tail
+    assert not all(jax.tree.leaves(jax.tree.map(np.array_equal, first, second)))
+
+
+NARROW = {"bfloat16": jnp.bfloat16, "float16": jnp.float16}
+
+
+@pytest.mark.parametrize("dtype", NARROW.values(), ids=NARROW)
+@pytest.mark.parametrize("sde", SDES.values(), ids=SDES)
+def test_narrow_data_are_computed_in_float32(sde, dtype):
+    """Times and states keep float32's digits, whatever the data come in."""
+    score = lambda x, t: -x
+    options = {"weight": ss.likelihood_weight, "times": ss.likelihood_times}
+    narrow = ss.dsm_loss(jax.random.key(0), score, sde, BATCH.astype(dtype), **options)
+    rounded = BATCH.astype(dtype).astype(jnp.float32)
+    wide = ss.dsm_loss(jax.random.key(0), score, sde, rounded, **options)
+    assert narrow == wide
+    ts = jnp.array([sde.t1, sde.t0])
+    drawn = ss.sample(jax.random.key(0), score, sde, (2,), ts=ts, init=X.astype(dtype))
+    assert drawn.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("t", [-1.0, 0.0, 2.0])
+def test_times_outside_the_sde_are_refused_everywhere(t):
+    sde, score = SDES["vp"], lambda x, t: -x
+    gmm = ss.GaussianMixture(*mixture())
+    for use in (
+        lambda: ss.reverse_drift(score, sde, X, t),
+        lambda: ss.denoise(score, sde, X, t),
+        lambda: ss.log_snr(sde, t),
+        lambda: ss.marginal(gmm, sde, t),
+        lambda: ss.exact_score(gmm, sde)(X, t),
+        lambda: ss.score_from_noise(sde, score)(X, t),
+        lambda: ss.precondition(sde, score, sigma_data=1.0)(X, t),
+    ):
+        with pytest.raises(ValueError, match=r"`t` must lie in \[t0, t1\] = \[0.01, 1.0\] of VP"):
+            use()
+
+
+def test_wrong_types_are_named():
+    score, key = lambda x, t: -x, lambda: jax.random.key(0)
+    net = ss.nets.MLP(width=8, depth=1)
+    params = net.init(key(), X, 0.5)
+    learned = ss.score_from_noise(ss.VP(), Partial(net.apply, params))
+    for use, words in (
+        (
+            lambda: ss.sample_ode(key(), score, ss.VP(), (2,), solver="tsit5"),
+            "`solver` must be one",
+        ),
+        (lambda: ss.sample_ode(key(), score, ss.VP, (2,)), "`sde` must be an SDE.*an instance"),
+        (lambda: ss.sample(key(), score, ss.VP(), (-1,)), "`shape` must be a tuple of positive"),
+        (lambda: ss.denoise(learned, ss.VP(), jnp.ones((5, 2)), 0.5), "failed on one example"),
+        (lambda: ss.sample(key(), learned, ss.VP(), (3,)), "failed on one example.*Shape"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            use()

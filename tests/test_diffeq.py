@@ -14,8 +14,6 @@ import pytest
 import sde_score as ss
 from sde_score._checks import ArgumentError
 
-pytestmark = pytest.mark.diffrax_keys  # diffrax splits the keys of its Brownian paths again
-
 SDE = ss.VP(beta_min=0.5, beta_max=4.0, t0=5e-2)
 KEY = functools.partial(jax.random.key, 0)
 
@@ -90,6 +88,7 @@ def test_evaluations_of_the_reverse_sde_on_a_grid(solver):
     assert_counted(ss.solve_sde, solver=solver, ts=ss.uniform_grid(SDE, 5))
 
 
+@pytest.mark.diffrax_keys  # a Brownian tree splits its keys again
 def test_evaluations_of_the_adaptive_reverse_sde_and_of_finish():
     assert_counted(ss.solve_sde, solver=diffrax.ShARK(), rtol=1e-2, atol=1e-2)
     ts = ss.uniform_grid(SDE, 5)
@@ -220,9 +219,8 @@ class Other:
 
 def test_trajectories_pass_through_the_closed_form(x64):
     gmm, init = gaussian(), jnp.array([1.2, -0.7])
-    run = functools.partial(
-        ss.solve_ode, KEY(), ss.exact_score(gmm, SDE), SDE, (2,), init=init, finish=None
-    )
+    score, options = ss.exact_score(gmm, SDE), {"init": init, "finish": None}
+    run = lambda **steps: ss.solve_ode(KEY(), score, SDE, (2,), **options, **steps)
     flow = jax.vmap(lambda t: ss.gaussian_flow(gmm, SDE, init, SDE.t1, t))
     ts = ss.uniform_grid(SDE, 40)
     at_nodes = run(ts=ts, saveat=ts[1:])
@@ -250,6 +248,7 @@ def test_trajectories_of_the_reverse_sde():
     assert ss.solve_sde(KEY(), normal_score, SDE, (2,), ts=ts).trajectory is None
 
 
+@pytest.mark.diffrax_keys  # a Brownian tree splits its keys again
 @pytest.mark.parametrize("run", [ss.sample_ode, ss.sample_sde])
 def test_gradients_pass_through_with_an_adjoint(run, x64):
     """In a parameter of the score, against central differences along the same noise."""
@@ -268,6 +267,7 @@ def test_gradients_pass_through_with_an_adjoint(run, x64):
     np.testing.assert_allclose(jax.jit(jax.grad(loss))(scale), difference, rtol=1e-7)
 
 
+@pytest.mark.diffrax_keys  # a Brownian tree splits its keys again
 def test_the_adaptive_reverse_sde_has_the_right_law():
     """Mean and covariance of p_t0 within 5 standard errors, the solver's error (rtol = 1e-2, of
     some 1e-3 in each path) negligible beside them.

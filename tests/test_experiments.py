@@ -17,7 +17,6 @@ from experiments import digits, toy_2d
 from experiments._run import results_folder
 
 ROOT = Path(__file__).parents[1]
-pytestmark = pytest.mark.diffrax_keys
 
 
 # Small enough for a test: each stage runs, none is meant to be good.
@@ -55,6 +54,11 @@ def test_an_experiment_writes_what_it_promises(module, tmp_path):
     net = ss.nets.MLP(metadata["width"], metadata["depth"])
     shape = (8, 8, 1) if module is digits else (2,)
     assert net.apply(params, np.ones(shape, np.float32), 0.5).shape == shape
+    # The same configuration with these parameters repeats the evaluation without training.
+    again = dataclasses.replace(module.QUICK, out=tmp_path, **SMALL[module])
+    again = dataclasses.replace(again, params=out / "score.safetensors")
+    if module is toy_2d:
+        assert module.main(again)["nll"] == pytest.approx(metrics["nll"], rel=1e-5)
     if module is digits:
         assert metrics["prior_term"] < 1e-4 and metrics["tolerance_term"] < 0.01
         # All 297 held-out digits give 2.59; the 20 digits here have a standard error of about 0.1.
@@ -73,6 +77,24 @@ def test_a_failed_run_leaves_nothing(tmp_path):
     with pytest.raises(ValueError, match="`batch_size` must be at most the number of examples"):
         toy_2d.main(config)
     assert not (tmp_path / "run").exists()
+    with pytest.raises(ValueError, match="`batch_size`"):
+        toy_2d.main(dataclasses.replace(config, out=tmp_path / "deep" / "run"))
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(ValueError, match="`batch_size`"):
+        toy_2d.main(dataclasses.replace(config, out=tmp_path / "mine"))
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]  # the user's own stays
+
+
+def test_impossible_configurations_are_refused_at_once():
+    for change, words in (
+        ({"num_test": 3}, "`num_test` must lie in 10 … 297; got 3"),
+        ({"smoothing": 3.0}, "`smoothing` must lie in 0 … 1"),
+        ({"num_probes": 1}, "`num_probes` must lie in 2"),
+        ({"mixture_components": ()}, "`mixture_components` must hold"),
+        ({"num_steps": -1}, "`num_steps` must be above 0; got -1"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            dataclasses.replace(digits.QUICK, **change)
 
 
 def test_an_output_folder_that_cannot_be_written(tmp_path):

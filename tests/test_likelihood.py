@@ -215,7 +215,7 @@ def test_bad_arguments():
             ss.log_likelihood(jax.random.key(0), score, sde, bad)
     with pytest.raises(ArgumentError, match="`key` must be a typed key"):
         ss.log_likelihood(jnp.zeros(2, jnp.uint32), score, sde, x)
-    with pytest.raises(ArgumentError, match="`num`"):
+    with pytest.raises(ArgumentError, match="`num_probes`"):
         ss.log_likelihood(jax.random.key(0), score, sde, x, num_probes=0)
     with pytest.raises(ArgumentError, match="`terminal_log_prob` must return a scalar"):
         ts = ss.uniform_grid(sde, 2)
@@ -231,3 +231,29 @@ def test_numpy_data_of_double_precision_are_taken():
     assert out.log_prob.dtype == jnp.float32
     # s = −x is the score of N(0, I), which VP keeps: log p = −½|x|² − ln 2π.
     np.testing.assert_allclose(out.log_prob, -0.5 * np.sum(x**2) - np.log(2 * np.pi), rtol=1e-4)
+
+
+def test_eight_bits_dequantise_inside_their_bins():
+    """uint8 has no 256 to compare with, and (255 + u)/256 may round up to 1 in float32."""
+    levels = np.repeat(np.array([0, 200, 255], np.uint8), 1_000_000)
+    x = np.asarray(ss.uniform_dequantize(jax.random.key(3), levels, 256))
+    assert x.min() >= 0.0 and x.max() < 1.0
+    # A draw within 2^-17 of a bin's end may round into the next: some 8 in a million.
+    assert np.mean(np.floor(256 * x) != levels) < 3e-5
+    with pytest.raises(ArgumentError, match="`levels` must lie in 0 … 16; got uint8"):
+        ss.uniform_dequantize(jax.random.key(3), levels, 17)
+
+
+def test_a_grid_must_span_the_times_of_the_sde():
+    """The prior is the law at t1, and the value is log p_t0."""
+    sde, score = ss.VP(), lambda x, t: -x
+    for ts, words in (
+        ([0.5, 1e-5], r"`ts\[0\]` must be t1 = 1"),
+        ([1.0, 0.1], "must be t0 = 1e-05"),
+    ):
+        with pytest.raises(ArgumentError, match=words):
+            ss.exact_log_likelihood(score, sde, jnp.ones(2), ts=jnp.array(ts))
+    with pytest.raises(ArgumentError, match=r"`ts\[0\]` must be t1 = 1.*give x there as `init`"):
+        ss.sample(jax.random.key(0), score, sde, (2,), ts=jnp.array([0.5, 0.1]))
+    with pytest.raises(ArgumentError, match="`ts` must not be given with `rtol` or `atol`"):
+        ss.exact_log_likelihood(score, sde, jnp.ones(2), ts=ss.uniform_grid(sde, 3), rtol=1e-3)

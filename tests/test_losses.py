@@ -473,7 +473,10 @@ BAD_ALONE = {
         lambda: denoising_score_matching(jax.random.key(0), linear, VP(), jnp.ones(2), 2.0),
         r"`t` must lie in \[t0, t1\] = \[1e-05, 1.0\] of VP; got 2.0",
     ),
-    "no projections": (lambda: run(ssm_loss, num_projections=0), "`num`.*at least 1; got 0"),
+    "no projections": (
+        lambda: run(ssm_loss, num_projections=0),
+        "`num_projections`.*at least 1; got 0",
+    ),
 }
 
 

@@ -1,5 +1,8 @@
 """The MLP, and networks of three frameworks through the same training step."""
 
+import re
+from pathlib import Path
+
 import chex
 import equinox as eqx
 import flax.linen as nn
@@ -11,9 +14,11 @@ import pytest
 from flax import nnx
 from test_sde import within
 
+import sde_score
 from sde_score import VP, dsm_loss, init_train_state, make_train_step, score_from_noise
 from sde_score.nets import MLP, fourier_embedding, geometric_frequencies
 
+README = Path(__file__).parents[1] / "README.md"
 SHAPES = {"vector": (2,), "image": (8, 8, 1)}
 
 
@@ -103,16 +108,24 @@ class NNXModel(nnx.Module):
     def __init__(self, rngs):
         self.first = nnx.Linear(3, 16, rngs=rngs)
         self.last = nnx.Linear(16, 2, rngs=rngs)
+        self.dropout = nnx.Dropout(0.1, rngs=rngs, deterministic=True)  # its key is no parameter
 
     def __call__(self, x, t):
-        return self.last(nnx.swish(self.first(jnp.append(x, t))))
+        return self.last(self.dropout(nnx.swish(self.first(jnp.append(x, t)))))
+
+
+def documented(words, model):
+    """The README's three lines on a model: its parameters and its pure function."""
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    scope = {"nnx": nnx, "eqx": eqx, "ss": sde_score, "sde": VP(), "model": model}
+    scope["Partial"] = jax.tree_util.Partial
+    exec(next(block for block in blocks if words in block), scope)  # noqa: S102
+    assert scope["score"](scope["params"])(jnp.ones(2), 0.5).shape == (2,)
+    return scope["params"], scope["net_fn"]
 
 
 def nnx_model():
-    """The three documented lines."""
-    graph, params, rest = nnx.split(NNXModel(nnx.Rngs(0)), nnx.Param, ...)
-    apply = lambda params, x, t: nnx.merge(graph, params, rest)(x, t)  # noqa: E731
-    return params, apply
+    return documented("nnx.split", NNXModel(nnx.Rngs(0)))
 
 
 class EquinoxModel(eqx.Module):
@@ -123,11 +136,8 @@ class EquinoxModel(eqx.Module):
 
 
 def equinox_model():
-    """The three documented lines."""
-    model = EquinoxModel(eqx.nn.MLP(3, 2, 16, 1, jax.nn.swish, key=jax.random.key(3)))
-    params, static = eqx.partition(model, eqx.is_inexact_array)
-    apply = lambda params, x, t: eqx.combine(params, static)(x, t)  # noqa: E731
-    return params, apply
+    net = eqx.nn.MLP(3, 2, 16, 1, jax.nn.swish, key=jax.random.key(3))
+    return documented("eqx.partition", EquinoxModel(net))
 
 
 FRAMEWORKS = {"linen": linen_model, "nnx": nnx_model, "equinox": equinox_model}

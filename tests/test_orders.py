@@ -134,7 +134,7 @@ def paths(solver, num_steps, count=1_000):
     return np.asarray(draw(key, start))
 
 
-@pytest.mark.diffrax_keys
+@pytest.mark.diffrax_keys  # a Brownian tree splits its keys again
 def test_shark_is_of_strong_order_three_halves(x64):
     """Against ShARK's 256 steps on the same paths, whose own error is some 10 times below that of
     64 steps.

@@ -137,7 +137,6 @@ def _readme_example():
     return next(block for block in blocks if "ss.fit(" in block)
 
 
-@pytest.mark.diffrax_keys
 def test_the_example_of_the_readme_runs():
     """As it stands in the README but for fewer steps and samples."""
     code = _readme_example().replace("num_steps=5_000", "num_steps=500").replace("2_000", "200")

@@ -112,7 +112,6 @@ def starts(sde_name, count):
     return jax.jit(jax.vmap(ss.marginal(oracle(), sde, sde.t1).sample))(keys)
 
 
-@pytest.mark.diffrax_keys
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("name", SDES)
 def test_moments_of_every_sampler_under_every_sde(name, sampler):
@@ -139,22 +138,20 @@ def test_moments_of_every_sampler_under_every_sde(name, sampler):
     assert np.abs(z).max() < 5, f"{report}\nall (w, m, C) by component:\n{z.round(1)}"
 
 
-@pytest.mark.diffrax_keys
 @pytest.mark.parametrize("sampler", SHORT)
 def test_sample_i_depends_on_key_i_alone_and_new_numbers_never_trace_again(sampler, x64):
     """Not bitwise: XLA orders the same sums otherwise in another batch size."""
-    sde, keys = ss.VP(t0=1e-2), jax.random.split(jax.random.key(3), 8)
-    gmm = oracle()
+    sde, gmm, keys = ss.VP(t0=1e-2), oracle(), lambda: jax.random.split(jax.random.key(3), 8)
     chex.clear_trace_counter()  # it counts by name
     counted = chex.assert_max_traces(SHORT[sampler], n=2)  # once for each batch size
     draw = jax.jit(jax.vmap(counted, in_axes=(0, None, None)))
-    eight, three = (draw(k, ss.exact_score(gmm, sde), sde) for k in (keys, keys[:3]))
+    eight, three = (draw(k, ss.exact_score(gmm, sde), sde) for k in (keys(), keys()[:3]))
     # Roundings of 1e-16 grow by the steps' amplification, below 1e4 here.
     np.testing.assert_allclose(eight[:3], three, rtol=1e-11, atol=1e-11)
     assert len(np.unique(eight, axis=0)) == 8
 
     sde, gmm = ss.VP(beta_max=12.0, t0=2e-2), dataclasses.replace(gmm, means=gmm.means + 1.0)
-    fresh = draw(keys, ss.exact_score(gmm, sde), sde)
+    fresh = draw(keys(), ss.exact_score(gmm, sde), sde)
     assert np.abs(fresh - eight).mean() > 0.1  # the new numbers were used
 
 
@@ -270,27 +267,26 @@ def test_evaluations_of_a_step(step, evaluations):
     assert len(calls) == evaluations
 
 
-@pytest.mark.diffrax_keys
 def test_init_and_finish():
     """`init` replaces the draw of the prior, and its key is not needed; `finish` maps the last
     state at the last time, by default to the posterior mean.
     """
-    sde, key, ts = ss.VP(t0=1e-2), jax.random.key(0), jnp.array([0.5, 0.3])
+    sde, key, ts = ss.VP(t0=1e-2, t1=0.5), lambda: jax.random.key(0), jnp.array([0.5, 0.3])
     score, init = ss.exact_score(oracle(), sde), jnp.array([0.4, -0.2])
     run = functools.partial(ss.sample, step=ss.ddim, ts=ts)
-    raw = run(key, score, sde, (2,), init=init, finish=None)
-    by_hand = ss.ddim(key, score, sde, init, ts[0], ts[1])
+    raw = run(key(), score, sde, (2,), init=init, finish=None)
+    by_hand = ss.ddim(key(), score, sde, init, ts[0], ts[1])
     np.testing.assert_allclose(raw, by_hand, rtol=1e-6)  # float32
     shift = lambda score_fn, sde, x, t: x + 100 * t  # noqa: E731
-    shifted = run(key, score, sde, (2,), init=init, finish=shift)
+    shifted = run(key(), score, sde, (2,), init=init, finish=shift)
     np.testing.assert_allclose(shifted, raw + 30.0, rtol=1e-5)  # float32
-    denoised = run(key, score, sde, (2,), init=init)
+    denoised = run(key(), score, sde, (2,), init=init)
     np.testing.assert_allclose(denoised, ss.denoise(score, sde, raw, ts[1]), rtol=1e-5)
 
-    drawn = ss.sample(key, lambda x, t: 0.0 * x, sde, (2,), step=still, ts=ts, finish=None)
-    prior = ss.sample_prior(jax.random.split(key)[0], sde, (2,))
+    drawn = ss.sample(key(), lambda x, t: 0.0 * x, sde, (2,), step=still, ts=ts, finish=None)
+    prior = ss.sample_prior(jax.random.split(key())[0], sde, (2,))
     np.testing.assert_array_equal(drawn, prior)
-    solved = ss.solve_ode(key, lambda x, t: 0.0 * x, Frozen(), (2,), ts=ts)
+    solved = ss.solve_ode(key(), lambda x, t: 0.0 * x, Frozen(t0=1e-2, t1=0.5), (2,), ts=ts)
     np.testing.assert_array_equal(solved.x, prior)  # every sampler starts one key alike
 
 
@@ -307,7 +303,6 @@ class Frozen(ss.VP):
         return jnp.zeros_like(x)
 
 
-@pytest.mark.diffrax_keys
 @pytest.mark.parametrize("run", [ss.sample, ss.sample_sde, ss.sample_ode])
 def test_bad_arguments_of_samplers(run):
     sde, ts = ss.VP(), jnp.array([1.0, 0.5])

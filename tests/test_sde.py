@@ -377,3 +377,16 @@ def test_times_at_the_ends_pass_in_float32():
     """float32(1e-5) lies below the float64 number; rounding is no error."""
     for t in (jnp.float32(1e-5), jnp.float32(1.0)):
         assert np.all(np.isfinite(perturb(jax.random.key(3), VP(), jnp.ones(2), t)[0]))
+
+
+@pytest.mark.parametrize("sde", [VP(), SubVP(), VE()], ids=["VP", "SubVP", "VE"])
+def test_time_of_log_snr_is_differentiable(sde, x64):
+    """In its value, where dt/dvalue = −sigma²/g², and in the SDE's constants."""
+    value = log_snr(sde, 0.4)
+    slope = jax.grad(lambda value: time_of_log_snr(sde, value))(value)
+    np.testing.assert_allclose(slope, -((sde.sigma(0.4) / sde.diffusion(0.4)) ** 2), rtol=1e-10)
+    name = "sigma_max" if isinstance(sde, VE) else "beta_max"
+    at = lambda number: time_of_log_snr(dataclasses.replace(sde, **{name: number}), value)
+    number, h = getattr(sde, name), 1e-5
+    difference = (at(number + h) - at(number - h)) / (2 * h)  # error of order h², and rounding
+    np.testing.assert_allclose(jax.grad(at)(number), difference, rtol=1e-6)

@@ -231,3 +231,32 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, params):
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
     with pytest.raises(ValueError, match="distinct names"):
         ss.save_params(path, jnp.zeros(2))
+
+
+def test_an_optimizer_may_keep_the_parameters_in_its_state(batches):
+    """Prodigy's state holds them: donated twice, were they not copied."""
+    state, losses = ss.fit(
+        jax.random.key(0),
+        quadratic,
+        start(),
+        optax.contrib.prodigy(),
+        batches,
+        num_steps=3,
+        report=None,
+    )
+    assert int(state.step) == 3 and np.isfinite(losses).all()
+
+
+def test_files_and_batches_that_cannot_be_used(tmp_path, params):
+    (tmp_path / "file").write_text("no tensors")
+    with pytest.raises(ValueError, match="`path` must be a file that can be written; got"):
+        ss.save_params(tmp_path / "file" / "score.safetensors", params)
+    for name in ("file", "missing"):
+        with pytest.raises(ValueError, match="`path` must be a safetensors file; got"):
+            ss.load_params(tmp_path / name)
+    ss.save_params(tmp_path / "new" / "score.safetensors", params)  # makes the folder
+    with pytest.raises(ValueError, match="names without a '/'"):
+        ss.save_params(tmp_path / "bad.safetensors", {"a/b": jnp.ones(1), "a": jnp.ones(1)})
+    with pytest.raises(ValueError, match="`batches` must be a function from step to batch"):
+        fit = {"num_steps": 1, "report": None}
+        ss.fit(jax.random.key(0), quadratic, start(), optax.sgd(0.1), jnp.ones((4, 2)), **fit)

@@ -163,6 +163,8 @@ def ssm_loss(
     `probes(key, num, shape)` draws them: `rademacher_probes` or `gaussian_probes`.
     """
 
+    _checks.check_count("num_projections", num_projections)
+
     def objective(key: Key, score_fn: ScoreFn, x0: Array, t: Scalar) -> Scalar:
         noise_key, probe_key = jax.random.split(key)
         x_t, _ = perturb(noise_key, sde, x0, t)
@@ -192,7 +194,8 @@ def _batch_loss(
     """
     _checks.check_key(key)
     _checks.check_data("x0", x0)
-    x0 = jnp.asarray(x0)
+    _checks.check_sde(sde)
+    x0 = _checks.at_least_float32(x0)
     if x0.ndim == 0:
         raise _checks.ArgumentError(
             "`x0` must be a batch of examples; got shape (). Give x0 of shape (B, *event)."

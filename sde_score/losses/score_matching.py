@@ -37,8 +37,8 @@ def sliced_score_matching(
     *,
     variance_reduced: bool = True,
 ) -> Scalar:
-    """The mean over probes v of vᵀ (∂s/∂x) v + ½‖s‖² (Song et al. 2019, eq. 8), or + ½ (vᵀ s)²
-    (eq. 7) if not reduced.
+    """The mean over probes v of vᵀ (∂s/∂x) v + ½‖s‖² (Song et al. 2019, eq. 9), or + ½ (vᵀ s)²
+    (eq. 8) if not reduced.
 
     Both need E[v vᵀ] = I, as `rademacher_probes` and `gaussian_probes` have.
     """

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from sde_score import _checks, diffeq
 from sde_score._typing import SDE, Key, Scalar, ScoreFn, travelling
-from sde_score.diffeq import Control, Solution, flow_field
+from sde_score.diffeq import Solution, flow_field, make_control
 from sde_score.parameterization import denoise
 from sde_score.sampling.grid import Finish, initial_state, split_key, uniform_grid
 
@@ -47,9 +47,7 @@ def solve_sde(
     adaptive = ts is None and not (rtol is None and atol is None)
     ts = uniform_grid(sde, 500) if ts is None and not adaptive else ts
     start, stop, ts, x = _prepare(prior_key, sde, shape, ts, init)
-    control = Control(
-        ts, 1e-3 if rtol is None else rtol, 1e-3 if atol is None else atol, max_steps
-    )
+    control = make_control(ts, rtol, atol, max_steps, 1e-3)
     solution = diffeq.solve_reverse_sde(
         noise_key,
         travelling(score_fn),
@@ -74,8 +72,8 @@ def solve_ode(
     *,
     solver: diffrax.AbstractSolver | None = None,
     ts: Float[Array, " n"] | None = None,
-    rtol: Scalar = 1e-5,
-    atol: Scalar = 1e-5,
+    rtol: Scalar | None = None,
+    atol: Scalar | None = None,
     max_steps: int = 4096,
     init: Float[Array, "*shape"] | None = None,
     finish: Finish | None = None,
@@ -85,7 +83,9 @@ def solve_ode(
     """One sample of the probability-flow ODE dx/dt = f − ½ g² s (Song et al. 2021, eq. 13),
     Dormand–Prince by default.
 
-    The key draws the start from the prior; from there the path is deterministic.
+    The key draws the start from the prior; from there the path is deterministic. Steps adapt to
+    `rtol` and `atol`, 1e-5 by default, unless `ts` fixes them. Nothing is denoised at the end by
+    default: the map from the prior stays a bijection, the one whose likelihood is computed.
     """
     prior_key, _ = split_key(key)
     start, stop, ts, x = _prepare(prior_key, sde, shape, ts, init)
@@ -96,7 +96,7 @@ def solve_ode(
         start,
         stop,
         solver=solver or diffrax.Dopri5(),
-        control=Control(ts, rtol, atol, max_steps),
+        control=make_control(ts, rtol, atol, max_steps),
         saveat=_check_saveat(saveat, start, stop),
         adjoint=adjoint,
     )
@@ -126,18 +126,20 @@ def probability_flow(
     stop: Scalar,
     solver: diffrax.AbstractSolver | None = None,
     ts: Float[Array, " n"] | None = None,
-    rtol: Scalar = 1e-5,
-    atol: Scalar = 1e-5,
+    rtol: Scalar | None = None,
+    atol: Scalar | None = None,
     max_steps: int = 4096,
     adjoint: diffrax.AbstractAdjoint | None = None,
 ) -> Float[Array, "*event"]:
     """x moved along the probability-flow ODE from time `start` to `stop`: t0 → t1 encodes, t1 → t0
-    decodes. A grid `ts` runs from `start` to `stop` too.
+    decodes. A grid `ts` runs from `start` to `stop` too; without one the steps adapt to `rtol` and
+    `atol`, 1e-5 by default.
     """
     _checks.check_data("x", x)
+    _checks.check_sde(sde)
     for name, t in (("start", start), ("stop", stop)):
         _checks.check_time(name, t, sde)
-    x = jnp.asarray(x)
+    x = _checks.at_least_float32(x)
     start, stop = jnp.asarray(start, x.dtype), jnp.asarray(stop, x.dtype)
     return diffeq.solve_ode(
         flow_field,
@@ -146,7 +148,7 @@ def probability_flow(
         start,
         stop,
         solver=solver or diffrax.Dopri5(),
-        control=Control(_check_ends(ts, start, stop), rtol, atol, max_steps),
+        control=make_control(_check_ends(ts, start, stop), rtol, atol, max_steps),
         adjoint=adjoint,
     ).x
 
@@ -174,9 +176,9 @@ def _prepare(
     """The first and the last time, the grid, and the state at the first time, in one dtype."""
     if ts is not None:
         _checks.check_grid(ts, sde)
-    x = initial_state(key, sde, shape, init)
-    ts = None if ts is None else jnp.asarray(ts, x.dtype)
     start, stop = (sde.t1, sde.t0) if ts is None else (ts[0], ts[-1])
+    x = initial_state(key, sde, shape, init, start)
+    ts = None if ts is None else jnp.asarray(ts, x.dtype)
     return jnp.asarray(start, x.dtype), jnp.asarray(stop, x.dtype), ts, x
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sde_score import _checks
-from sde_score._typing import SDE, Key, ScoreFn, Step
+from sde_score._typing import SDE, Key, Scalar, ScoreFn, Step
 from sde_score.parameterization import denoise
 from sde_score.sampling.steps import euler_maruyama
 from sde_score.sde import log_snr, sample_prior, time_of_log_snr
@@ -24,7 +24,7 @@ def uniform_grid(sde: SDE, num_steps: int) -> Float[Array, " num_steps+1"]:
 
 
 def log_snr_grid(sde: SDE, num_steps: int) -> Float[Array, " num_steps+1"]:
-    """Equal steps in log-SNR (Lu et al. 2022, arXiv 2206.00927, sec. 3.4)."""
+    """Equal steps in log-SNR (Lu et al. 2022, arXiv 2206.00927, sec. 3.3)."""
     _checks.check_count("num_steps", num_steps)
     lowest, highest = (log_snr(sde, jnp.asarray(t)) for t in (sde.t1, sde.t0))
     return _with_ends(sde, time_of_log_snr(sde, jnp.linspace(lowest, highest, num_steps + 1)))
@@ -65,7 +65,7 @@ def sample(
     prior_key, noise_key = split_key(key)
     ts = uniform_grid(sde, 500) if ts is None else ts
     _checks.check_grid(ts, sde)
-    x = initial_state(prior_key, sde, shape, init)
+    x = initial_state(prior_key, sde, shape, init, ts[0])
     ts = jnp.asarray(ts, x.dtype)
 
     def advance(x: Array, inputs: tuple[Array, Array, Array]) -> tuple[Array, None]:
@@ -84,16 +84,16 @@ def split_key(key: Key) -> tuple[Key, Key]:
 
 
 def initial_state(
-    key: Key, sde: SDE, shape: tuple[int, ...], init: Array | None
+    key: Key, sde: SDE, shape: tuple[int, ...], init: Array | None, start: Scalar
 ) -> Float[Array, "*shape"]:
-    """`init` if given, else a draw of the prior."""
+    """`init` if given, in at least float32; else a draw of the prior, the law at t1."""
+    _checks.check_sde(sde)
+    _checks.check_event_shape(shape)
     if init is None:
+        fix = "The prior is the law at t1: to start elsewhere, give x there as `init`."
+        _checks.check_end("ts[0]", start, "t1", sde.t1, fix)
         return sample_prior(key, sde, shape)
     _checks.check_data("init", init)
-    _checks.check_shape(
-        "init",
-        init.shape,
-        shape,
-        "It is x at the first time of one sample: jax.vmap over a batch.",
-    )
-    return jnp.asarray(init)
+    fix = "It is x at the first time of one sample: jax.vmap over a batch."
+    _checks.check_shape("init", jnp.shape(init), shape, fix)
+    return _checks.at_least_float32(init)

@@ -18,9 +18,10 @@ def langevin_sample(
     """
     _checks.check_key(key)
     _checks.check_data("x", x)
-    x = jnp.asarray(x)
     _checks.check_count("num_steps", num_steps)
     _checks.check_positive("step_size", step_size)
+    x = _checks.at_least_float32(x)
+    step_size = jnp.asarray(step_size, x.dtype)
 
     def move(index: Array, x: Array) -> Array:
         noise = jax.random.normal(jax.random.fold_in(key, index), x.shape, x.dtype)

@@ -1,8 +1,8 @@
 """One-step methods, each a `Step` (key, score_fn, sde, x_t, t, s) -> x_s with s < t.
 
-The deterministic ones and `ancestral` are exact where the noise estimate is constant, in every
-linear SDE: they move in u = x/alpha against the noise-to-signal ratio sigma/alpha, in which the
-probability flow reads du = noise d(sigma/alpha).
+The deterministic ones are exact where the noise estimate is constant, in every linear SDE: they
+move u = x/alpha against the noise-to-signal ratio sigma/alpha, in which the probability flow reads
+du = noise d(sigma/alpha). `ancestral` is exact where the estimate of x_0 is constant.
 """
 
 import jax
@@ -36,7 +36,7 @@ def ddim(key: Key, score_fn: ScoreFn, sde: SDE, x_t: Event, t: Scalar, s: Scalar
 
 def heun(key: Key, score_fn: ScoreFn, sde: SDE, x_t: Event, t: Scalar, s: Scalar) -> Event:
     """A `ddim` step, then one with the mean of both ends' noise (Karras et al. 2022, alg. 1):
-    order 2, two evaluations.
+    order 2, two evaluations. With `finish=denoise`, karras_grid(sde, 17) costs EDM's 35.
     """
     noise = _noise(score_fn, sde, x_t, t)
     guess = _flow_step(sde, x_t, noise, t, s)

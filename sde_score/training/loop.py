@@ -45,6 +45,11 @@ def fit(
     _checks.check_key(key)
     _checks.check_count("num_steps", num_steps)
     _checks.check_count("steps_per_dispatch", steps_per_dispatch)
+    if not callable(batches):
+        raise _checks.ArgumentError(
+            f"`batches` must be a function from step to batch; got {_checks.describe(batches)}. "
+            "Make one with sde_score.data.batches(key, data, batch_size)."
+        )
     state = init_train_state(params, optimizer)
     train_step = make_train_step(loss_fn, optimizer, ema_decay=ema_decay)
     run = jax.jit(
@@ -53,13 +58,21 @@ def fit(
     batches = travelling(batches)
     losses = np.empty(num_steps, np.float32)
     chunk = np.zeros(steps_per_dispatch, np.float32)
-    for start in range(0, num_steps, steps_per_dispatch):
-        stop = min(start + steps_per_dispatch, num_steps)
-        state, chunk_losses = run(state, key, batches, chunk, stop - start)
+
+    def settle(start: int, stop: int, chunk_losses: Array) -> None:
         losses[start:stop] = np.asarray(chunk_losses)[: stop - start]
         _check_finite(losses, start, stop)
         if report is not None:
             report(start, stop, num_steps, float(losses[start:stop].mean()))
+
+    pending = []  # losses are read one dispatch late, so that the device never waits
+    for start in range(0, num_steps, steps_per_dispatch):
+        stop = min(start + steps_per_dispatch, num_steps)
+        state, chunk_losses = run(state, key, batches, chunk, stop - start)
+        pending.append((start, stop, chunk_losses))
+        if len(pending) == 2:
+            settle(*pending.pop(0))
+    settle(*pending.pop())
     return state, losses
 
 

@@ -1,5 +1,6 @@
 """Parameters in safetensors files, with JSON metadata: no code runs when one is read."""
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import keystr, tree_flatten_with_path
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.flax import save_file
 
 from sde_score import _checks
@@ -23,17 +24,20 @@ def save_params(path: str | os.PathLike, params: Params, metadata: Any = None) -
     file.
     """
     path = Path(path)
-    leaves = _named_leaves(params)
+    tensors = {name: jnp.asarray(leaf) for name, leaf in _named_leaves(params).items()}
+    text = json.dumps(metadata)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        save_file(
-            {name: jnp.asarray(leaf) for name, leaf in leaves.items()},
-            partial,
-            {"json": json.dumps(metadata)},
-        )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, partial, {"json": text})
         os.replace(partial, path)
+    except (OSError, SafetensorError) as error:
+        raise _checks.ArgumentError(
+            f"`path` must be a file that can be written; got {path} ({error}). Choose another."
+        ) from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
 
 
 def load_params(path: str | os.PathLike, like: Params = None) -> tuple[Params, Any]:
@@ -42,9 +46,14 @@ def load_params(path: str | os.PathLike, like: Params = None) -> tuple[Params, A
     `like`, a pytree of arrays or of `jax.ShapeDtypeStruct`, gives the structure, whose names,
     shapes and dtypes must be the file's; without it nested dictionaries are returned.
     """
-    with safe_open(path, framework="flax") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        metadata = json.loads((file.metadata() or {}).get("json", "null"))
+    try:
+        with safe_open(path, framework="flax") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = json.loads((file.metadata() or {}).get("json", "null"))
+    except (OSError, SafetensorError) as error:
+        raise _checks.ArgumentError(
+            f"`path` must be a safetensors file; got {path} ({error}). Write one with save_params."
+        ) from error
     if like is None:
         return _nested(tensors), metadata
     wanted = _named_leaves(like)
@@ -57,9 +66,11 @@ def load_params(path: str | os.PathLike, like: Params = None) -> tuple[Params, A
 def _named_leaves(tree: Params) -> dict[str, Any]:
     leaves, _ = tree_flatten_with_path(tree)
     named = {keystr(path, simple=True, separator=_SEPARATOR): leaf for path, leaf in leaves}
-    if len(named) < len(leaves) or "" in named:
+    depths = [name.count(_SEPARATOR) + 1 for name in named]
+    if depths != [len(path) for path, _ in leaves]:
         raise _checks.ArgumentError(
-            "`params` must be a container whose leaves have distinct names, such as a dictionary."
+            "`params` must be a container whose leaves have distinct names without a "
+            f"{_SEPARATOR!r}, such as a dictionary; got leaves named {list(named)[:5]}."
         )
     return named
 

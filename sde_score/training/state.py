@@ -37,7 +37,10 @@ def init_train_state(params: Params, optimizer: optax.GradientTransformation) ->
     # A weak type (that of jnp.array(1.0)) would become strong in the first step: a recompilation.
     params = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.result_type(leaf)), params)
     ema_params = jax.tree.map(_float32_copy, params)
-    return TrainState(jnp.zeros((), jnp.int32), params, ema_params, optimizer.init(params))
+    opt_state = jax.tree.map(
+        jnp.copy, optimizer.init(params)
+    )  # some hold the parameters themselves
+    return TrainState(jnp.zeros((), jnp.int32), params, ema_params, opt_state)
 
 
 def make_train_step(
