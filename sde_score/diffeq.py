@@ -1,5 +1,4 @@
-"""The one room that talks to diffrax: ODEs, ODEs with a log-density alongside, and the reverse
-SDE.
+"""The room that talks to diffrax: ODEs, ODEs with a log-density alongside, and the reverse SDE.
 
 Vector fields are module-level functions whose parameters travel in `args`, so new parameters never
 recompile a solve. The reverse SDE is solved forwards in τ = −t: diffrax's stochastic Runge–Kutta
@@ -15,16 +14,15 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import lineax
-import numpy as np
 from jaxtyping import Array, Float
 
-from sde_score import _checks
+from sde_score import _solvers
+from sde_score._solvers import Control
 from sde_score._typing import SDE, Key, Scalar, ScoreFn, bind
 from sde_score.divergence import divergence, hutchinson_divergence
 from sde_score.sde import reverse_drift
 
 Field = Callable[[Scalar, Any, Any], Any]  # (t, x, args) -> dx/dt
-_MIN_RTOL_IN_EPS = 4  # an error estimate below a few roundings of the state is noise
 
 
 class Solution(NamedTuple):
@@ -35,35 +33,6 @@ class Solution(NamedTuple):
     x: Any
     trajectory: Any
     num_evals: Array
-
-
-class Control(NamedTuple):
-    """How a solve advances: on the grid `ts` if given, else adaptively to `rtol` and `atol` within
-    `max_steps`, each at least `shortest` long.
-    """
-
-    ts: Array | None = None
-    rtol: Scalar = 1e-5
-    atol: Scalar = 1e-5
-    max_steps: int = 4096
-    shortest: Scalar | None = None
-
-
-def make_control(
-    ts: Array | None,
-    rtol: Scalar | None,
-    atol: Scalar | None,
-    max_steps: int,
-    default: Scalar = 1e-5,
-) -> Control:
-    """Fixed steps along `ts`, or else adaptive ones to the tolerances given or the default one."""
-    if ts is not None and not (rtol is None and atol is None):
-        raise _checks.ArgumentError(
-            f"`ts` must not be given with `rtol` or `atol`; got rtol={rtol}, atol={atol}. A grid "
-            "fixes the steps, tolerances adapt them: drop one."
-        )
-    rtol, atol = (default if tolerance is None else tolerance for tolerance in (rtol, atol))
-    return Control(ts, rtol, atol, max_steps)
 
 
 def solve_ode(
@@ -79,13 +48,7 @@ def solve_ode(
     adjoint: diffrax.AbstractAdjoint | None = None,
 ) -> Solution:
     """Integrate dx/dt = field(t, x, args) from `start` to `stop`, in either direction."""
-    _check_solver(solver)
-    structure = solver.term_structure
-    if not (isinstance(structure, type) and not issubclass(structure, diffrax.MultiTerm)):
-        raise _checks.ArgumentError(
-            f"`solver` must solve ODEs; got {_name(solver)}, which needs noise or a field in "
-            "several parts. Use diffrax.Dopri5() or Tsit5()."
-        )
+    _solvers.check_solves_odes(solver)
     terms = diffrax.ODETerm(bind(_with_named_args, field))
     return _solve(terms, solver, x, args, start, stop, control, saveat, adjoint)
 
@@ -153,28 +116,17 @@ def solve_reverse_sde(
     adjoint or a `brownian_tol` take a `VirtualBrownianTree`: one fixed path for one key, whatever
     the steps. No step is shorter than twice its tolerance, below which its increments are wrong.
     """
-    _check_solver(solver)
-    converges = isinstance(
-        solver, diffrax.AbstractItoSolver | diffrax.AbstractStratonovichSolver
-    ) and not isinstance(solver, diffrax.AbstractFosterLangevinSRK)
-    if not converges:
-        raise _checks.ArgumentError(
-            f"`solver` must converge for the reverse SDE; got {_name(solver)}, which is for ODEs "
-            "or underdamped Langevin equations. Use diffrax.Euler(), Heun(), ShARK() or SRA1(), "
-            "or sample_ode for the probability flow."
-        )
-    _check_brownian_tol(brownian_tol, control)
+    _solvers.check_solves_the_reverse_sde(solver)
+    _solvers.check_brownian_tol(brownian_tol, control)
     if brownian_tol is None and control.ts is None:
         brownian_tol = 1e-5
     elif brownian_tol is None and control.ts is not None and adjoint is not None:
         brownian_tol = 0.5 * jnp.min(jnp.abs(jnp.diff(control.ts)))
-    shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    shape, area = jax.ShapeDtypeStruct(x.shape, x.dtype), _solvers.levy_area(solver)
     if brownian_tol is None:
-        path = diffrax.UnsafeBrownianPath(shape, key, _levy_area(solver))
+        path = diffrax.UnsafeBrownianPath(shape, key, area)
     else:
-        path = diffrax.VirtualBrownianTree(
-            -start, -stop, brownian_tol, shape, key, _levy_area(solver)
-        )
+        path = diffrax.VirtualBrownianTree(-start, -stop, brownian_tol, shape, key, area)
     terms = diffrax.MultiTerm(
         diffrax.ODETerm(bind(_with_named_args, _reverse_drift_in_tau)),
         diffrax.ControlTerm(bind(_with_named_args, _reverse_diffusion_in_tau), path),
@@ -184,14 +136,6 @@ def solve_reverse_sde(
     )
     args = (score_fn, sde)
     return _solve(terms, solver, x, args, -start, -stop, control, _negated(saveat), adjoint)
-
-
-def _check_solver(solver: Any) -> None:
-    if not isinstance(solver, diffrax.AbstractSolver):
-        raise _checks.ArgumentError(
-            "`solver` must be one of diffrax's solvers, an instance such as diffrax.Dopri5(); "
-            f"got {solver!r}. Call the class, or pass the object rather than its name."
-        )
 
 
 def _negated(times: Array | None) -> Array | None:
@@ -219,7 +163,7 @@ def _solve(
     saveat: Array | None,
     adjoint: diffrax.AbstractAdjoint | None,
 ) -> Solution:
-    is_ode = isinstance(terms, diffrax.ODETerm)
+    is_ode, dtype = isinstance(terms, diffrax.ODETerm), jax.tree.leaves(x)[0].dtype
     subs = [diffrax.SubSaveAt(t1=True)]
     if saveat is not None:
         subs.append(diffrax.SubSaveAt(ts=saveat))
@@ -241,7 +185,7 @@ def _solve(
             x,
             named_args,
             saveat=diffrax.SaveAt(subs=subs),
-            stepsize_controller=_controller(solver, control, is_ode, jax.tree.leaves(x)[0].dtype),
+            stepsize_controller=_solvers.controller(solver, control, is_ode, dtype),
             adjoint=diffrax.ForwardMode() if adjoint is None else adjoint,
             max_steps=control.max_steps if control.ts is None else control.ts.size - 1,
             throw=False,
@@ -255,82 +199,5 @@ def _solve(
             f"The solve did not reach its end within max_steps={control.max_steps}: raise "
             "`max_steps`, loosen `rtol` and `atol`, or look for a score that is not finite.",
         )
-    num_evals = _evaluations(solver, out.stats["num_steps"])
+    num_evals = _solvers.evaluations(solver, out.stats["num_steps"])
     return Solution(last, None if saveat is None else out.ys[1], num_evals)
-
-
-def _evaluations(solver: diffrax.AbstractSolver, num_steps: Array) -> Array:
-    """How often `num_steps` steps evaluated the drift; a first-same-as-last step reuses one.
-
-    The choice of the first step costs nothing: in diffrax 0.7.2 it is 0.01 for every equation.
-    """
-    tableau: Any = getattr(solver, "tableau", None)
-    if isinstance(solver, diffrax.AbstractSRK):
-        ignored = 0 if tableau.ignore_stage_f is None else int(np.sum(tableau.ignore_stage_f))
-        return num_steps * (len(tableau.b_sol) - ignored)
-    if isinstance(solver, diffrax.AbstractERK):
-        reused = 1 if tableau.fsal else 0
-        return reused + num_steps * (tableau.num_stages - reused)
-    if isinstance(solver, diffrax.ReversibleHeun):
-        return 1 + num_steps
-    return num_steps * getattr(tableau, "num_stages", 1)
-
-
-def _controller(
-    solver: diffrax.AbstractSolver, control: Control, is_ode: bool, dtype: Any
-) -> diffrax.AbstractStepSizeController:
-    if control.ts is not None:
-        return diffrax.StepTo(control.ts)
-    tableau: Any = getattr(solver, "tableau", None)
-    stochastic = isinstance(solver, diffrax.AbstractSRK) and tableau.b_error is not None
-    if not (stochastic or isinstance(solver, diffrax.AbstractAdaptiveSolver)):
-        advice = "Dopri5() or Tsit5()" if is_ode else "ShARK() or SRA1()"
-        raise _checks.ArgumentError(
-            f"`solver` must estimate its error for adaptive steps; {_name(solver)} does not. "
-            f"Give it a grid, ts=uniform_grid(sde, num_steps), or use diffrax.{advice}."
-        )
-    _checks.check_count("max_steps", control.max_steps)
-    for name, tolerance in (("rtol", control.rtol), ("atol", control.atol)):
-        _checks.check_positive(name, tolerance)
-    _check_rtol(control.rtol, dtype)
-    rtol, atol = jnp.asarray(control.rtol, dtype), jnp.asarray(control.atol, dtype)
-    if is_ode:
-        return diffrax.PIDController(rtol, atol)
-    # Damped, as noise makes error estimates jump (diffrax's advice for SDEs).
-    return diffrax.PIDController(
-        rtol, atol, pcoeff=0.1, icoeff=0.3, dcoeff=0, dtmin=control.shortest
-    )
-
-
-def _check_rtol(rtol: Scalar, dtype: Any) -> None:
-    lowest = _MIN_RTOL_IN_EPS * float(jnp.finfo(dtype).eps)
-    if _checks.is_concrete(rtol) and rtol < lowest:
-        raise _checks.ArgumentError(
-            f"`rtol` must be at least {lowest:.2g}, {_MIN_RTOL_IN_EPS} roundings of {dtype}; got "
-            f"{rtol}. Raise it, or compute in float64 with jax.enable_x64(True)."
-        )
-
-
-def _check_brownian_tol(tol: Scalar | None, control: Control) -> None:
-    _checks.check_positive("brownian_tol", tol)
-    if tol is None or control.ts is None or not _checks.is_concrete(tol, control.ts):
-        return
-    shortest = float(np.min(np.abs(np.diff(np.asarray(control.ts)))))
-    if tol > shortest / 2:
-        raise _checks.ArgumentError(
-            f"`brownian_tol` must be at most half the shortest step, {shortest / 2:.3g}; got "
-            f"{tol}. "
-            "A coarser Brownian tree silently biases the samples: lower it or lengthen the steps."
-        )
-
-
-def _levy_area(solver: diffrax.AbstractSolver) -> type:
-    needs = getattr(solver, "minimal_levy_area", diffrax.AbstractBrownianIncrement)
-    for area in (diffrax.BrownianIncrement, diffrax.SpaceTimeLevyArea):
-        if issubclass(area, needs):
-            return area
-    return diffrax.SpaceTimeTimeLevyArea
-
-
-def _name(solver: diffrax.AbstractSolver) -> str:
-    return type(solver).__name__

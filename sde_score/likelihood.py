@@ -16,8 +16,9 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from sde_score import _checks
+from sde_score._solvers import make_control
 from sde_score._typing import SDE, Key, Scalar, ScoreFn, travelling
-from sde_score.diffeq import flow_field, make_control, solve_ode_with_log_density
+from sde_score.diffeq import flow_field, solve_ode_with_log_density
 from sde_score.divergence import rademacher_probes
 from sde_score.sde import prior_log_prob
 

@@ -20,7 +20,7 @@ PACKAGE = ROOT / "sde_score"
 ROWS = [
     ["_xla", "_typing", "_checks"],
     ["sde", "divergence", "metrics", "data", "nets"],
-    ["parameterization", "diffeq", "losses", "gaussian_mixture"],
+    ["parameterization", "_solvers", "diffeq", "losses", "gaussian_mixture"],
     ["sampling"],
     ["likelihood", "training"],
     ["__init__"],

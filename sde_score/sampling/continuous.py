@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sde_score import _checks, diffeq
+from sde_score._solvers import make_control
 from sde_score._typing import SDE, Key, Scalar, ScoreFn, travelling
-from sde_score.diffeq import Solution, flow_field, make_control
+from sde_score.diffeq import Solution, flow_field
 from sde_score.parameterization import denoise
 from sde_score.sampling.grid import Finish, initial_state, split_key, uniform_grid
 
