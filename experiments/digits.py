@@ -46,7 +46,7 @@ class Config:
     width: int = 256
     depth: int = 3
     dropout: float = 0.1
-    smoothing: float = 0.005  # the share of training pixels that become a random grey level
+    smoothing: float = 0.01  # the share of training pixels that become a random grey level
     sigma_data: float = 0.55  # the data's standard deviation
     num_steps: int = 8000
     batch_size: int = 256

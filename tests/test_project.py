@@ -132,6 +132,14 @@ def test_documents_name_no_machine():
         assert not re.search(r"(?<![\w.])/(root|home|work|tmp)/", path.read_text()), path
 
 
+def test_the_readme_is_complete():
+    """Its links lead somewhere, and no figure was left to be filled in."""
+    text = (ROOT / "README.md").read_text()
+    links = re.findall(r"\]\(([^)#:]+)\)", text)
+    assert len(links) >= 2 and all((ROOT / link).exists() for link in links), links
+    assert not re.search(r"\b(TODO|FIXME|[A-Z]{2,}_[A-Z]{2,})\b", text.replace("XLA_FLAGS", ""))
+
+
 def _readme_example():
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     return next(block for block in blocks if "ss.fit(" in block)
