@@ -39,6 +39,7 @@ class MLP(nn.Module):
         self, x: Float[Array, "*event"], t: Scalar, dropout_key: Key | None = None
     ) -> Float[Array, "*event"]:
         _checks.check_floating("x", x)
+        x = jnp.asarray(x)
         _checks.check_shape("t", jnp.shape(t), (), "One example has one time: jax.vmap over both.")
         if dropout_key is not None:
             _checks.check_key(dropout_key, "dropout_key")
