@@ -225,7 +225,7 @@ def test_bad_arguments():
 
 
 def test_numpy_data_of_double_precision_are_taken():
-    """float64 numpy in a float32 session is float32, without a warning (an error here)."""
+    """float64 numpy in a float32 process is float32, without a warning (an error here)."""
     x = np.array([0.3, -0.2])
     out = ss.exact_log_likelihood(lambda x, t: -x, ss.VP(), x, rtol=1e-3, atol=1e-3)
     assert out.log_prob.dtype == jnp.float32
