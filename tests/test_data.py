@@ -261,7 +261,9 @@ def epochs(key, num, batch_size, num_epochs):
     """The entries of the first epochs, [num_epochs, num], from whole batches."""
     num_steps = num_epochs * num // batch_size
     batch = batches(key, jnp.arange(num), batch_size)
-    return np.asarray(jax.jit(jax.vmap(batch))(jnp.arange(num_steps))).reshape(num_epochs, num)
+    # As an argument, as in `fit`: a constant would be folded, slowly, by the compiler.
+    run = jax.jit(lambda batch, steps: jax.vmap(batch)(steps))
+    return np.asarray(run(batch, jnp.arange(num_steps))).reshape(num_epochs, num)
 
 
 @pytest.mark.parametrize(
