@@ -167,9 +167,9 @@ def _solve(
     subs = [diffrax.SubSaveAt(t1=True)]
     if saveat is not None:
         subs.append(diffrax.SubSaveAt(ts=saveat))
-    # jaxlib (0.10.2) takes registered dataclasses with equally many fields for the same structure,
-    # so diffrax, which jits inside, would run VP's program for a VE. The name tells them apart.
-    # And a Python number would be static there: another beta, another compilation.
+    # diffrax jits inside, where a Python number would be static: another beta, one more program.
+    # And jaxlib takes two SDEs of a user's, registered as JAX's dataclasses with equally many
+    # fields, for one structure (see `register_pytree`). The name tells them apart.
     args = jax.tree.map(
         lambda leaf: jnp.asarray(leaf) if isinstance(leaf, float | int) else leaf, args
     )
