@@ -1,4 +1,5 @@
-"""Two-dimensional densities: train a score model with any SDE, and compare it with the truth.
+"""Two-dimensional densities: train a score model with any SDE and objective, and compare it with
+the truth.
 
 Writes figure.png (data, samples of the reverse SDE and of the probability flow, score field, the
 model's density beside the true one), metrics.json, config.json and score.safetensors.
@@ -37,6 +38,7 @@ Name = Literal[
     "checkerboard",
     "two_spirals",
 ]
+Objective = Literal["dsm", "ism", "ssm", "fdsm"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Config:
     """Everything that a run depends on."""
 
     data: Name = "two_moons"
+    objective: Objective = "dsm"  # denoising, implicit, sliced, finite-difference score matching
     sde: ss.VP | ss.SubVP | ss.VE = ss.VP()
     num_train: int = 10_000
     width: int = 128
@@ -100,7 +103,7 @@ def _train(key: ss.Key, config: Config, x0: Array) -> ss.Params:
     init_key, batch_key, fit_key = jax.random.split(key, 3)
 
     def loss(params: ss.Params, key: ss.Key, batch: Array) -> Array:
-        return ss.dsm_loss(
+        return getattr(ss, f"{config.objective}_loss")(
             key,
             _score(config, params),
             config.sde,

@@ -6,15 +6,18 @@ one Jacobian-vector product. Hutchinson's estimator is vᵀ (∂f/∂x) v with E
 """
 
 from collections.abc import Callable
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from sde_score import _checks
 from sde_score._typing import Key, Scalar
 
-Field = Callable[[Array], Array]
+Field: TypeAlias = Callable[[Array], Array]
+Probes: TypeAlias = Callable[[Key, int, tuple[int, ...]], Array]
 
 
 def divergence(fn: Field, x: Float[Array, "*event"]) -> tuple[Float[Array, "*event"], Scalar]:
@@ -35,6 +38,7 @@ def hutchinson_divergence(
     """fn(x) and vᵀ (∂f/∂x) v for each probe v: unbiased estimates of the divergence where E[v vᵀ]
     = I.
     """
+    check_probes(probes)
     value, products = jacobian_products(fn, x, probes)
     return value, jnp.stack([jnp.sum(v * jv) for v, jv in zip(probes, products, strict=True)])
 
@@ -69,6 +73,46 @@ def gaussian_probes(key: Key, num: int, shape: tuple[int, ...]) -> Float[Array, 
     _checks.check_key(key)
     _checks.check_count("num", num)
     return jax.random.normal(key, (num, *shape))
+
+
+def sphere_probes(key: Key, num: int, shape: tuple[int, ...]) -> Float[Array, "num *shape"]:
+    """`num` draws, uniform on the sphere of radius √d: E[v vᵀ] = I, as on the unit sphere it is
+    I/d.
+    """
+    normal = gaussian_probes(key, num, shape)
+    mean_square = jnp.mean(normal**2, axis=range(1, normal.ndim), keepdims=True)
+    return normal / jnp.sqrt(mean_square)
+
+
+def check_probes(probes: Array, name: str = "probes") -> None:
+    """Probes whose values are known are not unit vectors."""
+    if not _checks.is_concrete(probes) or jnp.size(probes) <= len(probes):
+        return  # in one dimension unit vectors are right
+    norms = np.linalg.norm(np.asarray(probes).reshape(len(probes), -1), axis=1)
+    if np.all(np.abs(norms - 1.0) < 1e-6):
+        raise _checks.ArgumentError(
+            f"`{name}` must have E[v vᵀ] = I; all {len(norms)} have norm 1, for which it is I/d. "
+            "Multiply them by √d, as sphere_probes does."
+        )
+
+
+def check_law(name: str, probes: Probes, shape: tuple[int, ...]) -> None:
+    """`probes(key, num, shape)` has E‖v‖² = d, to the precision of a few thousand draws made while
+    tracing.
+    """
+    size = max(int(np.prod(shape)), 1)
+    num = -(-4096 // size)
+    with jax.ensure_compile_time_eval():
+        draws = probes(jax.random.key(0), num, shape)
+        fix = "It takes (key, num, shape) and returns an array of shape (num, *shape)."
+        _checks.check_shape(name, jnp.shape(draws), (num, *shape), fix)
+        mean_square = jnp.mean(draws**2)
+    if _checks.is_concrete(mean_square) and abs(float(mean_square) - 1.0) > 0.25:
+        raise _checks.ArgumentError(
+            f"`{name}` must draw v with E[v vᵀ] = I, hence E‖v‖² = d = {size}; got E‖v‖² ≈ "
+            f"{size * float(mean_square):.3g}. Unit vectors must be multiplied by √d, as "
+            "sphere_probes does."
+        )
 
 
 def _checked(fn: Field) -> Field:

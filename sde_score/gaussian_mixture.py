@@ -18,6 +18,9 @@ from jaxtyping import Array, Float
 
 from sde_score import _checks
 from sde_score._typing import SDE, Key, Scalar, bind
+from sde_score.losses.denoising import denoising_score_matching
+from sde_score.losses.times import Times, Weight, noise_weight, uniform_times
+from sde_score.metrics.two_sample import Estimate
 
 _einsum = lambda spec, *arrays: jnp.einsum(spec, *arrays, precision=jax.lax.Precision.HIGHEST)  # noqa: E731
 
@@ -171,6 +174,32 @@ def gaussian_flow(
     end = marginal(gmm, sde, stop)
     values, vectors = end.spectrum
     return end.means[0] + _einsum("ij,j->i", vectors[0], jnp.sqrt(values[0]) * whitened[0])
+
+
+def loss_floor(
+    key: Key,
+    sde: SDE,
+    oracle: GaussianMixture,
+    *,
+    num_samples: int = 10_000,
+    weight: Weight = noise_weight,
+    times: Times = uniform_times,
+) -> Estimate:
+    """The least value of `dsm_loss` over all scores, with a standard error: the loss of the exact
+    score, E_t weight ½ E‖∇log p(x_t | x_0) − ∇log p_t(x_t)‖², from `num_samples` draws.
+
+    A model's `dsm_loss` less this floor is its `esm_loss`. With times that are not independent the
+    standard error is too large.
+    """
+    _checks.check_key(key)
+    _checks.check_count("num_samples", num_samples, minimum=2)
+    data_key, time_key, noise_key = jax.random.split(key, 3)
+    t, importance = times(time_key, sde, num_samples)
+    x0 = jax.vmap(oracle.sample)(jax.random.split(data_key, num_samples))
+    score = exact_score(oracle, sde)
+    loss = lambda key, x0, t: denoising_score_matching(key, score, sde, x0, t, weight=weight)  # noqa: E731
+    values = importance * jax.vmap(loss)(jax.random.split(noise_key, num_samples), x0, t)
+    return Estimate(jnp.mean(values), jnp.std(values, ddof=1) / jnp.sqrt(num_samples))
 
 
 def _check_mixture(weights: Array, means: Array, covariances: Array) -> None:

@@ -13,6 +13,7 @@ conversion returns a pytree that travels through `jit`, so new parameters never 
 
 from collections.abc import Callable
 
+import jax.numpy as jnp
 from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
@@ -83,6 +84,45 @@ def precondition(sde: SDE, net_fn: Callable, *, sigma_data: Scalar) -> Partial:
     return bind(_preconditioned, sde, net_fn, sigma_data)
 
 
+def static_threshold(denoiser: Callable, *, bound: Scalar = 1.0) -> Partial:
+    """The denoiser with its x̂_0 clipped to [−bound, bound], the range of the data (Ho et al. 2020;
+    Saharia et al. 2022, arXiv 2205.11487, sec. 2.3).
+
+    In a sampler: score_from_denoiser(sde, static_threshold(denoiser_from_score(sde, score_fn))).
+    """
+    _checks.check_positive("bound", bound)
+    return bind(_threshold, denoiser, bound, None)
+
+
+def dynamic_threshold(
+    denoiser: Callable, *, quantile: Scalar = 0.995, bound: Scalar = 1.0
+) -> Partial:
+    """The denoiser with its x̂_0 clipped to [−q, q] and scaled by bound/q, where q is the quantile
+    of |x̂_0| over the example's coordinates, or `bound` if that is larger (Saharia et al. 2022,
+    arXiv 2205.11487, sec. 2.3).
+    """
+    _checks.check_positive("bound", bound)
+    _checks.check_positive("quantile", quantile)
+    if _checks.is_concrete(quantile) and quantile > 1:
+        raise _checks.ArgumentError(f"`quantile` must lie in (0, 1]; got {quantile}.")
+    return bind(_threshold, denoiser, bound, quantile)
+
+
+def _threshold(
+    denoiser: Callable,
+    bound: Scalar,
+    quantile: Scalar | None,
+    x: Event,
+    t: Scalar,
+    *context: Array,
+) -> Event:
+    x0 = _checks.call(denoiser, x, t, *context, name="denoiser")
+    if quantile is None:
+        return jnp.clip(x0, -bound, bound)
+    reach = jnp.maximum(jnp.quantile(jnp.abs(x0), quantile), bound)
+    return jnp.clip(x0, -reach, reach) * (bound / reach)
+
+
 def _score_from_noise(sde: SDE, noise_fn: Callable, x: Event, t: Scalar, *context: Array) -> Event:
     _checks.check_scalar_time(t, sde)
     return -_checks.call(noise_fn, x, t, *context, name="noise_fn") / sde.sigma(t)
@@ -109,7 +149,7 @@ def _score_from_preconditioned(
     sde: SDE, net_fn: Callable, sigma_data: Scalar, x: Event, t: Scalar, *context: Array
 ) -> Event:
     _checks.check_scalar_time(t, sde)
-    c_in, c_noise = _input_scaling(sde, sigma_data, t)
+    c_in, c_noise = input_scaling(sde, sigma_data, t)
     net = _checks.call(net_fn, c_in * x, c_noise, *context, name="net_fn")
     return -(c_in**2) * x + sde.alpha(t) * sigma_data * c_in / sde.sigma(t) * net
 
@@ -118,12 +158,13 @@ def _preconditioned(
     sde: SDE, net_fn: Callable, sigma_data: Scalar, x: Event, t: Scalar, *context: Array
 ) -> Event:
     _checks.check_scalar_time(t, sde)
-    c_in, c_noise = _input_scaling(sde, sigma_data, t)
+    c_in, c_noise = input_scaling(sde, sigma_data, t)
     net = _checks.call(net_fn, c_in * x, c_noise, *context, name="net_fn")
     return sde.alpha(t) * (sigma_data * c_in) ** 2 * x + sde.sigma(t) * sigma_data * c_in * net
 
 
-def _input_scaling(sde: SDE, sigma_data: Scalar, t: Scalar) -> tuple[Scalar, Scalar]:
+def input_scaling(sde: SDE, sigma_data: Scalar, t: Scalar) -> tuple[Scalar, Scalar]:
+    """c_in and c_noise of `precondition`."""
     c_in = (sde.alpha(t) ** 2 * sigma_data**2 + sde.sigma(t) ** 2) ** -0.5
     return c_in, -0.125 * log_snr(sde, t)
 

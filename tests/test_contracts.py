@@ -51,6 +51,13 @@ FUNCTIONS = {
     "dsm_loss": lambda key, s, sde, t: ss.dsm_loss(key, s, sde, BATCH),
     "ism_loss": lambda key, s, sde, t: ss.ism_loss(key, s, sde, BATCH),
     "ssm_loss": lambda key, s, sde, t: ss.ssm_loss(key, s, sde, BATCH, times=ss.likelihood_times),
+    "esm_loss": lambda key, s, sde, t: ss.esm_loss(key, s, sde, BATCH, true_score=lambda x, t: -x),
+    "fdsm_loss": lambda key, s, sde, t: ss.fdsm_loss(
+        key, s, sde, BATCH, weight=ss.min_snr_weight(t), step_size=t, probes=ss.sphere_probes
+    ),
+    "edm_loss": lambda key, s, sde, t: ss.edm_loss(
+        key, s, sde, BATCH, sigma_data=t, times=ss.lognormal_times(mean=t, std=t)
+    ),
     "sample": lambda key, s, sde, t: ss.sample(key, s, sde, (2,), ts=ss.uniform_grid(sde, 3)),
     "sample_heun": lambda key, s, sde, t: ss.sample(
         key, s, sde, (2,), step=ss.heun, ts=ss.karras_grid(sde, 3)
@@ -67,6 +74,20 @@ FUNCTIONS = {
     "langevin_sample": lambda key, s, sde, t: ss.langevin_sample(
         key, lambda x: s(x, t), X, step_size=t, num_steps=3
     ),
+    "annealed_langevin_sample": lambda key, s, sde, t: ss.annealed_langevin_sample(
+        key, s, sde, (2,), ts=ss.uniform_grid(sde, 2), step_size=t, num_steps=2
+    ),
+    "mala_sample": lambda key, s, sde, t: ss.mala_sample(
+        key, lambda x: jnp.sum(x * s(x, t)), X, step_size=t, num_steps=2
+    ),
+    "predictor_corrector": lambda key, s, sde, t: ss.predictor_corrector(
+        ss.reverse_diffusion, ss.langevin(t, num_steps=2)
+    )(key, s, sde, X, t, 0.5 * t),
+    "batch_langevin": lambda key, s, sde, t: ss.batch_langevin(t)(
+        key, jax.vmap(s, (0, None)), sde, BATCH, t, 0.5 * t
+    ),
+    "ddim_eta": lambda key, s, sde, t: ss.ddim_eta(t)(key, s, sde, X, t, 0.5 * t),
+    "edm_stochastic": lambda key, s, sde, t: ss.edm_stochastic(t)(key, s, sde, X, t, 0.5 * t),
     "score_from_preconditioned": lambda key, s, sde, t: ss.score_from_preconditioned(
         sde, s, sigma_data=t
     )(X, t),
@@ -85,19 +106,45 @@ FUNCTIONS = {
     "sliced_score_matching": lambda key, s, sde, t: ss.sliced_score_matching(
         lambda x: s(x, t), X, ss.gaussian_probes(key, 2, (2,))
     ),
+    "finite_difference_score_matching": lambda key, s, sde, t: ss.finite_difference_score_matching(
+        lambda x: s(x, t), X, ss.sphere_probes(key, 2, (2,)), step_size=t
+    ),
+    "single_sigma_score_matching": lambda key, s, sde, t: ss.single_sigma_score_matching(
+        key, lambda x: s(x, t), X, sigma=t
+    ),
+    "loss_floor": lambda key, s, sde, t: ss.loss_floor(
+        key,
+        sde,
+        ss.GaussianMixture(*(jnp.asarray(part) for part in mixture())),
+        num_samples=3,
+        times=ss.grid_times(jnp.stack([t, 2 * t])),
+    ),
+    "antithetic_times": lambda key, s, sde, t: ss.antithetic_times(key, sde, 3),
     "uniform_times": lambda key, s, sde, t: ss.uniform_times(key, sde, 3),
     "stratified_times": lambda key, s, sde, t: ss.stratified_times(key, sde, 3),
     "weights": lambda key, s, sde, t: (ss.noise_weight(sde, t), ss.likelihood_weight(sde, t)),
+    "score_from_energy": lambda key, s, sde, t: ss.score_from_energy(
+        lambda x, t: jnp.sum(s(x, t) ** 2)
+    )(X, t),
+    "curl": lambda key, s, sde, t: ss.curl(
+        lambda x: s(x, t) + t * jnp.sin(x[::-1] * jnp.arange(2)), X
+    ),
+    "log_density_ratio": lambda key, s, sde, t: ss.log_density_ratio(
+        lambda x: s(x, t), X, 2.0 * X, num_points=2
+    ),
     "bits_per_dim": lambda key, s, sde, t: ss.bits_per_dim(t, 2, bin_width=t),
     "uniform_dequantize": lambda key, s, sde, t: ss.uniform_dequantize(key, jnp.arange(3), 3),
 }
 ELSEWHERE = {  # traced once in tests of their own, or inside a function above
     *("marginal", "exact_score", "posterior_mean", "gaussian_flow", "solve_ode", "solve_sde"),
     *("euler_maruyama", "heun", "ddim", "ancestral", "uniform_grid", "log_snr_grid"),
+    *("reverse_diffusion", "ancestral_beta", "langevin"),
     *("karras_grid", "likelihood_times", "noise_weight", "likelihood_weight"),
-    *("rademacher_probes", "gaussian_probes", "make_train_step"),
+    *("rademacher_probes", "gaussian_probes", "sphere_probes", "make_train_step"),
+    *("lognormal_times", "grid_times", "min_snr_weight", "static_threshold", "dynamic_threshold"),
 }
-UNTRACED = {"fit", "init_train_state", "load_params", "save_params", "register_pytree"}
+UNTRACED = {"map_in_chunks", "print_progress"}
+UNTRACED |= {"fit", "init_train_state", "load_params", "save_params", "register_pytree"}
 
 
 def test_every_public_function_is_under_the_contract():
@@ -150,6 +197,11 @@ def _takes_key(name):
 
 ARGUMENTS = {
     "sde": SDES["vp"],
+    "oracle": None,
+    "net_fn": lambda x, c_noise: -x,
+    "true_score": lambda x, t: -x,
+    "sigma": 0.5,
+    "sigma_data": 0.5,
     "shape": (2,),
     "score_fn": lambda x, t=0.0: -x,
     "x": X,
@@ -164,8 +216,11 @@ ARGUMENTS = {
     "params": {"w": jnp.array(1.0)},
     "optimizer": None,
     "batches": None,
+    "ts": np.array([1.0, 0.5]),
+    "log_prob": lambda x: -0.5 * jnp.sum(x**2),
 }
 INNER = {"euler_maruyama", "heun", "ddim", "ancestral"}  # `sample` has checked the key
+INNER |= {"reverse_diffusion", "ancestral_beta"}
 INNER |= {"uniform_times", "stratified_times", "likelihood_times"}  # the loss has
 
 
@@ -197,6 +252,9 @@ CONSUMERS = {
     "denoise": lambda s: ss.denoise(s, SDES["vp"], X, 0.5),
     "langevin_sample": lambda s: ss.langevin_sample(
         jax.random.key(0), s, X, step_size=0.1, num_steps=1
+    ),
+    "annealed": lambda s: ss.annealed_langevin_sample(
+        jax.random.key(0), s, SDES["vp"], (2,), ts=np.array([1.0, 0.5]), step_size=0.1, num_steps=1
     ),
     "implicit": lambda s: ss.implicit_score_matching(s, X),
 }

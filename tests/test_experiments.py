@@ -14,7 +14,7 @@ import pytest
 from nbclient import NotebookClient
 
 import sde_score as ss
-from experiments import digits, toy_2d
+from experiments import digits, objectives_2d, pitfalls, toy_2d
 from experiments._run import results_folder
 
 ROOT = Path(__file__).parents[1]
@@ -65,6 +65,59 @@ def test_an_experiment_writes_what_it_promises(module, tmp_path):
         assert metrics["prior_term"] < 1e-4 and metrics["tolerance_term"] < 0.01
         # All 297 held-out digits give 2.59; the 20 digits here have a standard error of about 0.1.
         assert 2.2 < metrics["gmm_bits_per_dim"] < 3.0
+
+
+def test_objectives_on_the_plane(tmp_path):
+    """Every objective beats the zero score within 100 steps, and two log Z of the energy agree."""
+    small = {"width": 16, "depth": 1, "energy_widths": (16,), "num_steps": 100, "num_train": 2_000}
+    small |= {"num_samples": 20, "langevin_steps": 20, "num_test": 50, "resolution": 40}
+    small |= {"data": "eight_gaussians", "num_importance": 5_000}
+    config = dataclasses.replace(objectives_2d.QUICK, **small)
+    metrics = objectives_2d.main(dataclasses.replace(config, out=tmp_path))
+    assert json.loads((tmp_path / "metrics.json").read_text()) == pytest.approx(metrics)
+    files = {"scores.png", "samples.png", "energy.png", "params.safetensors"}
+    assert {path.name for path in tmp_path.iterdir()} == files | {"metrics.json", "config.json"}
+    names = ("explicit", "implicit", "sliced", "finite_difference", "denoising", "energy")
+    for name in names:
+        assert metrics[f"{name}_fisher"] < metrics["zero_fisher"]
+        assert {f"{name}_curl_stderr", f"{name}_energy_distance_stderr"} <= metrics.keys()
+    difference = abs(metrics["log_z"] - metrics["log_z_importance"])
+    error = metrics["log_z_importance_stderr"] + metrics["log_z_quadrature_error"]
+    assert difference < 5 * error and metrics["log_z_quadrature_error"] < 1e-3
+    again = dataclasses.replace(config, params=tmp_path / "params.safetensors")
+    models = objectives_2d._models(again, lambda x: -x)
+    params = objectives_2d._train(jax.random.key(1), again, models, np.ones((512, 2), np.float32))
+    chex.assert_trees_all_equal(params, ss.load_params(tmp_path / "params.safetensors")[0])
+
+
+def test_the_noised_density_by_quadrature(x64):
+    """Of the eight Gaussians it is a mixture too, with variance 0.175² + sigma²."""
+    sigma, angles = 0.1, np.arange(8) * np.pi / 4
+    means = 1.4 * np.stack([np.cos(angles), np.sin(angles)], axis=-1)
+    covariances = np.tile((0.175**2 + sigma**2) * np.eye(2), (8, 1, 1))
+    mixture = ss.GaussianMixture(np.full(8, 1 / 8), means, covariances)
+    for x in np.array([[1.3, 0.2], [0.0, 0.0], [-1.1, 1.4]]):
+        got = objectives_2d.noised_log_prob(ss.data.eight_gaussians, sigma, x)
+        np.testing.assert_allclose(got, mixture.log_prob(x), rtol=1e-5)  # of the quadrature
+
+
+def test_pitfalls_agree_with_their_closed_forms(tmp_path):
+    """Of the weights the reverse SDE's is right and Langevin's is not, by 5 standard errors."""
+    small = {"width": 16, "num_steps": 200, "num_samples": 2_000, "langevin_steps": 100}
+    metrics = pitfalls.main(dataclasses.replace(pitfalls.QUICK, out=tmp_path, **small))
+    assert json.loads((tmp_path / "metrics.json").read_text()) == pytest.approx(metrics)
+    files = {f"{name}.png" for name in ("line", "low_density", "weights", "sigma")}
+    files |= {"score.safetensors", "metrics.json", "config.json"}
+    assert {path.name for path in tmp_path.iterdir()} == files
+    assert abs(metrics["weight_reverse_sde_z"]) < 5 < abs(metrics["weight_langevin_z"])
+    for sigma in pitfalls.QUICK.sigmas:  # d/sigma² − E‖score‖², the modes being far apart
+        name, exact = f"dsm_target_variance_{sigma:g}", 2 / sigma**2 - 2 / (1 + sigma**2)
+        assert abs(metrics[name] - exact) < 5 * metrics[f"{name}_stderr"]
+    fine, coarse = (f"dsm_gradient_variance_{sigma}" for sigma in ("0.01", "0.1"))
+    stderr = np.hypot(metrics[f"{fine}_stderr"], 100 * metrics[f"{coarse}_stderr"])
+    assert abs(metrics[fine] - 100 * metrics[coarse]) < 5 * stderr  # it goes like 1/sigma²
+    assert metrics["line_loss_0"] < 2 * metrics["line_loss_exact_0.1"]  # lower than noise allows
+    assert metrics["ssm_error_rare"] > 2 * metrics["ssm_error_data"]
 
 
 def test_levels_and_model_values_invert_each_other():
@@ -150,3 +203,19 @@ def test_the_notebook_runs(tmp_path):
         for output in cell.outputs
     )
     assert "nats from the truth" in printed
+
+
+@pytest.mark.slow
+def test_sliced_score_matching_alone_learns_two_moons(tmp_path):
+    """Samples within 1.5 × the energy distance of denoising score matching's at equal steps, plus
+    the metric's standard error.
+    """
+    config = dataclasses.replace(toy_2d.Config(), num_steps=6_000, num_test=50, resolution=5)
+    sliced, denoising = (
+        toy_2d.main(dataclasses.replace(config, objective=name, out=tmp_path / name))
+        for name in ("ssm", "dsm")
+    )
+    for sampler in ("sde", "ode"):
+        name = f"{sampler}_energy_distance"
+        print(f"{name}: sliced {sliced[name]:.5f}, denoising {denoising[name]:.5f}")
+        assert sliced[name] <= 1.5 * denoising[name] + sliced[f"{name}_stderr"]

@@ -15,6 +15,7 @@ from sde_score import (
     GaussianMixture,
     denoise,
     denoiser_from_score,
+    dynamic_threshold,
     exact_score,
     noise_from_score,
     perturb,
@@ -24,6 +25,7 @@ from sde_score import (
     score_from_noise,
     score_from_preconditioned,
     score_from_velocity,
+    static_threshold,
     velocity_from_score,
 )
 
@@ -153,6 +155,10 @@ CONVERSIONS = {
     **{there.__name__: there for there, _ in PAIRS.values()},
     **{back.__name__: back for _, back in PAIRS.values()},
     "precondition": lambda sde, fn: precondition(sde, fn, sigma_data=0.5),
+    "static_threshold": lambda sde, fn: static_threshold(fn, bound=0.3 * sde.diffusion(1.0)),
+    "dynamic_threshold": lambda sde, fn: dynamic_threshold(
+        fn, quantile=0.9 * sde.t1, bound=0.1 * sde.diffusion(1.0)
+    ),
     "score_from_preconditioned": lambda sde, fn: score_from_preconditioned(
         sde, fn, sigma_data=0.5
     ),
@@ -193,6 +199,26 @@ def test_context_passes_through(convert):
 def test_a_batched_network_is_refused(convert):
     with pytest.raises(ValueError, match=r"must return the shape of `x`; got \(1, 2\)"):
         convert(VP(), lambda x, t: x[None])(jnp.ones(2), 0.5)
+
+
+def test_thresholds_bound_the_clean_example(x64):
+    """Static: clipped. Dynamic: the quantile q of |x̂_0| becomes the bound, if it is above it."""
+    x = jnp.asarray([0.2, -0.5, 1.5, -3.0])
+    same = lambda x, t: x  # noqa: E731
+    clipped = static_threshold(same, bound=1.0)(x, 0.5)
+    np.testing.assert_array_equal(clipped, [0.2, -0.5, 1.0, -1.0])
+    half = dynamic_threshold(same, quantile=0.5)(x, 0.5)  # the median of |x| is 1, the bound
+    np.testing.assert_array_equal(half, clipped)
+    scaled = dynamic_threshold(same, quantile=1.0, bound=2.0)(x, 0.5)
+    np.testing.assert_allclose(scaled, np.asarray(x) * 2.0 / 3.0, rtol=1e-15)
+    inside = dynamic_threshold(same)(0.3 * x, 0.5)
+    np.testing.assert_array_equal(inside, 0.3 * x)
+    score = score_from_denoiser(VP(), static_threshold(same, bound=0.1))
+    assert np.all(np.abs(denoise(score, VP(), x, 0.5)) <= 0.1 + 1e-12)
+    with pytest.raises(ValueError, match="`bound` must be finite and above 0; got 0.0"):
+        static_threshold(same, bound=0.0)
+    with pytest.raises(ValueError, match=r"`quantile` must lie in \(0, 1\]; got 2"):
+        dynamic_threshold(same, quantile=2)
 
 
 @pytest.mark.parametrize("wrapper", [precondition, score_from_preconditioned])

@@ -19,8 +19,8 @@ PACKAGE = ROOT / "sde_score"
 # Each module imports only from rows above its own, or from one listed earlier in its row.
 ROWS = [
     ["_xla", "_typing", "_checks"],
-    ["sde", "divergence", "metrics", "data", "nets"],
-    ["parameterization", "_solvers", "diffeq", "losses", "gaussian_mixture"],
+    ["chunks", "sde", "divergence", "metrics", "data", "nets"],
+    ["parameterization", "_solvers", "diffeq", "losses", "baselines", "gaussian_mixture"],
     ["sampling"],
     ["likelihood", "training"],
     ["__init__"],

@@ -1,13 +1,12 @@
-"""Score matching over an SDE: objectives on one example at one time, the laws of that time, and
-losses of a batch.
+"""Score matching over an SDE: denoising score matching of one example at one time, and losses of a
+batch that differ in one word.
 
-A loss is an estimate of E_t E_{x_t} [weight(t) · objective], t uniform on [t0, t1], whatever law
-draws the times: each `Times` returns with its draws the weights 1/((t1 − t0) density) that keep
-the expectation the same.
+Each loss estimates E_t E_{x_t} [weight(t) · objective] (see `losses.times`). From one key all of
+them draw the same times and noise, so that differences between them are paired.
 """
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,67 +14,19 @@ from jaxtyping import Array, Float
 
 from sde_score import _checks
 from sde_score._typing import SDE, Key, Scalar, ScoreFn
-from sde_score.divergence import rademacher_probes
-from sde_score.losses.score_matching import implicit_score_matching, sliced_score_matching
-from sde_score.sde import log_snr, perturb, time_of_log_snr
+from sde_score.divergence import Probes, check_law, rademacher_probes
+from sde_score.losses.score_matching import (
+    explicit_score_matching,
+    finite_difference_score_matching,
+    implicit_score_matching,
+    sliced_score_matching,
+)
+from sde_score.losses.times import Times, Weight, lognormal_times, noise_weight, uniform_times
+from sde_score.parameterization import input_scaling
+from sde_score.sde import perturb
 
-Weight: TypeAlias = Callable[[SDE, Scalar], Scalar]
-Times: TypeAlias = Callable[[Key, SDE, int], tuple[Array, Array]]
-
-
-def noise_weight(sde: SDE, t: Scalar) -> Scalar:
-    """sigma(t)²: each noise level weighs the same in units of the noise (Song et al. 2021, sec.
-    3.3).
-    """
-    return sde.sigma(t) ** 2
-
-
-def likelihood_weight(sde: SDE, t: Scalar) -> Scalar:
-    """g(t)²: the loss bounds the negative log-likelihood (Song et al. 2021, arXiv 2101.09258, thm
-    1).
-    """
-    return sde.diffusion(t) ** 2
-
-
-def uniform_times(
-    key: Key, sde: SDE, num: int
-) -> tuple[Float[Array, " num"], Float[Array, " num"]]:
-    """Independent times, uniform on [t0, t1]; their weights are 1."""
-    _check_draw(key, num)
-    t = sde.t0 + (sde.t1 - sde.t0) * jax.random.uniform(key, (num,))
-    return t, jnp.ones(num)
-
-
-def stratified_times(
-    key: Key, sde: SDE, num: int
-) -> tuple[Float[Array, " num"], Float[Array, " num"]]:
-    """One time in each of `num` equal parts of [t0, t1]: uniform on the whole, with less variance
-    in a batch's loss.
-    """
-    return sde.t0 + (sde.t1 - sde.t0) * _stratified(key, num), jnp.ones(num)
-
-
-def likelihood_times(
-    key: Key, sde: SDE, num: int
-) -> tuple[Float[Array, " num"], Float[Array, " num"]]:
-    """Times with density ∝ g²/sigma² (Song et al. 2021, arXiv 2101.09258, sec. 5.1), stratified.
-
-    As g²/sigma² = −d log_snr/dt for every linear SDE, they are uniform in log-SNR.
-    """
-    highest, lowest = (log_snr(sde, jnp.asarray(t)) for t in (sde.t0, sde.t1))
-    t = time_of_log_snr(sde, lowest + (highest - lowest) * _stratified(key, num))
-    slope = (jax.vmap(sde.diffusion)(t) / jax.vmap(sde.sigma)(t)) ** 2
-    return t, (highest - lowest) / (slope * (sde.t1 - sde.t0))
-
-
-def _stratified(key: Key, num: int) -> Float[Array, " num"]:
-    _check_draw(key, num)
-    return (jnp.arange(num) + jax.random.uniform(key, (num,))) / num
-
-
-def _check_draw(key: Key, num: int) -> None:
-    _checks.check_key(key)
-    _checks.check_count("num", num)
+_OBJECTIVE = 0x5C0_4E5  # folded into an example's key for what is not its noise
+_EDM_TIMES = lognormal_times()
 
 
 def denoising_score_matching(
@@ -123,6 +74,57 @@ def dsm_loss(
     return _batch_loss(key, objective, score_fn, sde, x0, context, times)
 
 
+def edm_loss(
+    key: Key,
+    net_fn: Callable,
+    sde: SDE,
+    x0: Float[Array, "B *event"],
+    *,
+    sigma_data: Scalar,
+    context: Any = None,
+    times: Times = _EDM_TIMES,
+) -> Scalar:
+    """EDM's loss E[λ ‖D(x_t, t) − x_0‖²] for D = precondition(sde, net_fn, sigma_data=sd), where
+    λ = (s² + sd²)/(s sd)², s = sigma/alpha (Karras et al. 2022, arXiv 2206.00364, eq. 8, table 1).
+    The expectation is under the law of `times`, uncorrected.
+
+    As λ c_out² = 1, it is computed as ‖F(c_in x_t, c_noise) − c_in (sigma/sd x_0 − alpha sd z)‖².
+    """
+    _checks.check_positive("sigma_data", sigma_data)
+
+    def objective(key: Key, net_fn: Callable, x0: Array, t: Scalar) -> Scalar:
+        x_t, noise = perturb(key, sde, x0, t)
+        c_in, c_noise = input_scaling(sde, sigma_data, t)
+        target = c_in * (sde.sigma(t) / sigma_data * x0 - sde.alpha(t) * sigma_data * noise)
+        return jnp.sum((_checks.call(net_fn, c_in * x_t, c_noise, name="net_fn") - target) ** 2)
+
+    def unweighted(key: Key, sde: SDE, num: int) -> tuple[Array, Array]:
+        return times(key, sde, num)[0], jnp.ones(num)
+
+    return _batch_loss(key, objective, net_fn, sde, x0, context, unweighted)
+
+
+def esm_loss(
+    key: Key,
+    score_fn: ScoreFn,
+    sde: SDE,
+    x0: Float[Array, "B *event"],
+    *,
+    true_score: ScoreFn,
+    context: Any = None,
+    weight: Weight = noise_weight,
+    times: Times = uniform_times,
+) -> Scalar:
+    """Explicit score matching of a batch at noised points, against the true score(x, t) of the
+    marginals, where it is known: `dsm_loss` less `loss_floor`.
+    """
+
+    def objective(key: Key, score_fn: ScoreFn, x_t: Array, t: Scalar) -> Scalar:
+        return explicit_score_matching(score_fn, lambda x: true_score(x, t), x_t)
+
+    return _noised_loss(key, objective, score_fn, sde, x0, context, weight, times)
+
+
 def ism_loss(
     key: Key,
     score_fn: ScoreFn,
@@ -137,11 +139,10 @@ def ism_loss(
     Jacobian products.
     """
 
-    def objective(key: Key, score_fn: ScoreFn, x0: Array, t: Scalar) -> Scalar:
-        x_t, _ = perturb(key, sde, x0, t)
-        return _weigh(weight, sde, t) * implicit_score_matching(lambda x: score_fn(x, t), x_t)
+    def objective(key: Key, score_fn: ScoreFn, x_t: Array, t: Scalar) -> Scalar:
+        return implicit_score_matching(score_fn, x_t)
 
-    return _batch_loss(key, objective, score_fn, sde, x0, context, times)
+    return _noised_loss(key, objective, score_fn, sde, x0, context, weight, times)
 
 
 def ssm_loss(
@@ -155,29 +156,78 @@ def ssm_loss(
     times: Times = uniform_times,
     num_projections: int = 1,
     variance_reduced: bool = True,
-    probes: Callable = rademacher_probes,
+    probes: Probes = rademacher_probes,
 ) -> Scalar:
     """Sliced score matching of a batch at noised points: `ism_loss` with its trace estimated by
     projections.
 
-    `probes(key, num, shape)` draws them: `rademacher_probes` or `gaussian_probes`.
+    `probes(key, num, shape)` draws them: `rademacher_probes`, `gaussian_probes` or
+    `sphere_probes`.
     """
+    _check_projections(x0, num_projections, probes)
 
-    _checks.check_count("num_projections", num_projections)
+    def objective(key: Key, score_fn: ScoreFn, x_t: Array, t: Scalar) -> Scalar:
+        directions = probes(key, num_projections, x_t.shape)
+        return sliced_score_matching(score_fn, x_t, directions, variance_reduced=variance_reduced)
 
-    def objective(key: Key, score_fn: ScoreFn, x0: Array, t: Scalar) -> Scalar:
-        noise_key, probe_key = jax.random.split(key)
-        x_t, _ = perturb(noise_key, sde, x0, t)
-        directions = probes(probe_key, num_projections, x0.shape)
-        return _weigh(weight, sde, t) * sliced_score_matching(
-            lambda x: score_fn(x, t), x_t, directions, variance_reduced=variance_reduced
+    return _noised_loss(key, objective, score_fn, sde, x0, context, weight, times)
+
+
+def fdsm_loss(
+    key: Key,
+    score_fn: ScoreFn,
+    sde: SDE,
+    x0: Float[Array, "B *event"],
+    *,
+    context: Any = None,
+    weight: Weight = noise_weight,
+    times: Times = uniform_times,
+    num_projections: int = 1,
+    step_size: Scalar | None = None,
+    probes: Probes = rademacher_probes,
+) -> Scalar:
+    """Finite-difference sliced score matching of a batch at noised points: `ssm_loss` without
+    derivatives of the score. A step of `step_size` · sigma(t) is taken at time t.
+    """
+    _check_projections(x0, num_projections, probes)
+
+    def objective(key: Key, score_fn: ScoreFn, x_t: Array, t: Scalar) -> Scalar:
+        directions = probes(key, num_projections, x_t.shape)
+        relative = jnp.finfo(x_t.dtype).eps ** (1 / 3) if step_size is None else step_size
+        return finite_difference_score_matching(
+            score_fn, x_t, directions, step_size=relative * sde.sigma(t)
         )
 
-    return _batch_loss(key, objective, score_fn, sde, x0, context, times)
+    return _noised_loss(key, objective, score_fn, sde, x0, context, weight, times)
+
+
+def _check_projections(x0: Array, num_projections: int, probes: Probes) -> None:
+    _checks.check_count("num_projections", num_projections)
+    check_law("probes", probes, jnp.shape(x0)[1:])
 
 
 def _weigh(weight: Weight, sde: SDE, t: Scalar) -> Scalar:
     return _checks.check_scalar("weight", weight(sde, t), "(sde, t)")
+
+
+def _noised_loss(
+    key: Key,
+    objective: Callable,
+    score_fn: ScoreFn,
+    sde: SDE,
+    x0: Array,
+    context: Any,
+    weight: Weight,
+    times: Times,
+) -> Scalar:
+    """The mean of weight(t) · objective(key, s(·, t), x_t, t)."""
+
+    def noised(key: Key, score_fn: ScoreFn, x0: Array, t: Scalar) -> Scalar:
+        x_t, _ = perturb(key, sde, x0, t)
+        own_key = jax.random.fold_in(key, _OBJECTIVE)
+        return _weigh(weight, sde, t) * objective(own_key, lambda x: score_fn(x, t), x_t, t)
+
+    return _batch_loss(key, noised, score_fn, sde, x0, context, times)
 
 
 def _batch_loss(

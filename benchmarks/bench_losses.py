@@ -1,0 +1,131 @@
+"""What each objective costs and how noisy its gradient is.
+
+Time of each loss and of its gradient, relative to one forward pass and to denoising score
+matching, for score networks and for energy networks (which differentiate twice), against the
+dimension d and the number of projections M; then the variance of the gradient at equal cost, for
+each noise level.
+"""
+
+import argparse
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import Partial
+
+import sde_score as ss
+from benchmarks._measure import measure, ratio, report
+
+DIMENSIONS, PROJECTIONS, BATCH = (2, 16, 64, 784), (1, 4, 16), 512
+SDE = ss.VP()
+LARGEST_EXACT = 64  # the exact trace takes d Jacobian products
+
+
+def score_network(dim):
+    """A 128-wide network of three layers and its parameters."""
+    net = ss.nets.MLP(width=128, depth=3)
+    params = net.init(jax.random.key(0), jnp.zeros(dim), 1.0)
+    return _perturbed(params), lambda params: ss.score_from_noise(SDE, Partial(net.apply, params))
+
+
+def energy_network(dim):
+    """An energy of as many parameters, whose score is −∇E."""
+    net = ss.nets.EnergyMLP(widths=(128, 128, 128))
+    params = net.init(jax.random.key(0), jnp.zeros(dim), 1.0)
+    return params, lambda params: ss.score_from_energy(Partial(net.apply, params))
+
+
+def _perturbed(params):
+    """The last layer starts at 0: move it, or half of the work could be skipped."""
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    moved = [x + 0.02 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+    return jax.tree.unflatten(structure, moved)
+
+
+def objectives(dim, counts):
+    """The losses over an SDE, by name."""
+    named = {"dsm": ss.dsm_loss}
+    if dim <= LARGEST_EXACT:
+        named["ism"] = ss.ism_loss
+    for count in counts:
+        named[f"ssm_{count}"] = partial(ss.ssm_loss, num_projections=count)
+        named[f"fdsm_{count}"] = partial(ss.fdsm_loss, num_projections=count)
+    return named
+
+
+def costs(kind, make_network, dim, repetitions):
+    """JSON lines: time of each loss and its gradient over a forward pass and over DSM's."""
+    params, score = make_network(dim)
+    x0 = jax.random.normal(jax.random.key(2), (BATCH, dim))
+    t = jnp.linspace(0.1, 0.9, BATCH)
+    functions = {"forward": jax.jit(lambda p: jax.vmap(score(p))(x0, t))}
+    for name, loss in objectives(dim, PROJECTIONS).items():
+        value = lambda p, loss=loss: loss(jax.random.key(3), score(p), SDE, x0)
+        functions[name] = jax.jit(value)
+        functions[f"{name}_gradient"] = jax.jit(jax.grad(value))
+    bound = {name: partial(function, params) for name, function in functions.items()}
+    times = measure(bound, repetitions=repetitions)
+    for name, measurement in times.items():
+        denoising = times["dsm_gradient" if name.endswith("gradient") else "dsm"]
+        report(
+            f"loss_{kind}_{name}",
+            measurement,
+            shape=(dim,),
+            batch=BATCH,
+            ratio_to="forward",
+            ratio=round(ratio(measurement, times["forward"]), 3),
+            ratio_to_dsm=round(ratio(measurement, denoising), 3),
+        )
+    return times
+
+
+def gradient_noise(dim, times, num_keys=200):
+    """JSON lines: the variance of the gradient at one t, tr Cov, for 64 examples; over its squared
+    mean; and times the gradient's cost in units of DSM's, which is what a given accuracy costs.
+    """
+    params, score = score_network(dim)
+    for t in (0.01, 0.1, 0.5, 0.9):
+        for name, loss in objectives(dim, (1, 4)).items():
+            law = ss.grid_times(jnp.array([t]))
+
+            def gradient(key, loss=loss, law=law):
+                data_key, loss_key = jax.random.split(key)
+                x0 = jax.random.normal(data_key, (64, dim))
+                fit = lambda p: loss(loss_key, score(p), SDE, x0, times=law)
+                flat, _ = jax.flatten_util.ravel_pytree(jax.grad(fit)(params))
+                return flat
+
+            keys = jax.random.split(jax.random.key(4), num_keys)
+            drawn = np.asarray(jax.lax.map(jax.jit(gradient), keys, batch_size=20), np.float64)
+            mean, variance = drawn.mean(0), drawn.var(0, ddof=1).sum()
+            squared = mean @ mean - variance / num_keys  # unbiased
+            cost = ratio(times[f"{name}_gradient"], times["dsm_gradient"])
+            report(
+                f"gradient_noise_{name}",
+                times[f"{name}_gradient"],
+                shape=(dim,),
+                batch=64,
+                t=t,
+                variance=float(f"{variance:.4g}"),
+                variance_over_squared_mean=float(f"{variance / squared:.4g}"),
+                cost_to_dsm=round(cost, 3),
+                variance_at_equal_cost=float(f"{variance * cost:.4g}"),
+            )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="two dimensions, fewer repetitions")
+    quick = parser.parse_args().quick
+    dimensions, repetitions = ((2, 16), 3) if quick else (DIMENSIONS, 11)
+    for dim in dimensions:
+        times = costs("score", score_network, dim, repetitions)
+        costs("energy", energy_network, dim, repetitions)
+        if dim <= 16:
+            gradient_noise(dim, times)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""A function of one example over many: the same values whatever the chunk, compiled once."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import mixture
+
+from sde_score import (
+    VP,
+    GaussianMixture,
+    exact_score,
+    heun,
+    karras_grid,
+    map_in_chunks,
+    print_progress,
+    sample,
+)
+
+
+def test_samples_do_not_depend_on_the_chunk():
+    """The noise bit for bit, the samples within 1e-5, whether or not the chunk divides the
+    number.
+    """
+    sde = VP(t0=1e-3)
+    score = exact_score(GaussianMixture(*mixture()), sde)
+
+    def draw(key, score):
+        ts = karras_grid(sde, 5)
+        return {
+            "noise": jax.random.normal(key, (2,)),
+            "x": sample(key, score, sde, (2,), step=heun, ts=ts),
+        }
+
+    keys = lambda: jax.random.split(jax.random.key(0), 23)  # noqa: E731
+    with jax.debug_key_reuse(False):  # the noise is drawn twice, to be looked at
+        whole, *others = (
+            map_in_chunks(draw, keys(), score, chunk_size=size) for size in (50, 23, 8, 1)
+        )
+    assert whole["x"].shape == (23, 2) and np.isfinite(whole["x"]).all()
+    for other in others:
+        np.testing.assert_array_equal(other["noise"], whole["noise"])
+        np.testing.assert_allclose(other["x"], whole["x"], atol=1e-5)
+
+
+def test_it_compiles_once_and_reports():
+    seen = []
+    fn = chex.assert_max_traces(lambda x, scale: scale * x["a"] + x["b"], n=1)
+    xs = {"a": jnp.arange(10.0), "b": np.ones(10, np.float32)}
+    progress = lambda done, total, seconds: seen.append((done, total))  # noqa: E731
+    got = map_in_chunks(fn, xs, 3.0, chunk_size=4, progress=progress)
+    np.testing.assert_array_equal(got, 3.0 * np.arange(10) + 1.0)
+    assert seen == [(4, 10), (8, 10), (10, 10)]
+    chex.clear_trace_counter()
+
+
+def test_progress_prints_a_line(capsys):
+    print_progress(30, 100, 1.25)
+    assert capsys.readouterr().err.endswith(" 30/100  1.2 s\n")
+
+
+BAD = {
+    "chunk": (lambda: map_in_chunks(abs, jnp.ones(3), chunk_size=0), "`chunk_size`.*got 0"),
+    "lengths": (
+        lambda: map_in_chunks(abs, (jnp.ones(3), jnp.ones(2)), chunk_size=2),
+        r"`xs` must have one leading axis.*\[\(3,\), \(2,\)\]",
+    ),
+    "scalar": (lambda: map_in_chunks(abs, 1.0, chunk_size=2), r"got \[\(\)\]"),
+    "empty": (lambda: map_in_chunks(abs, jnp.ones((0, 2)), chunk_size=2), r"got \[\(0, 2\)\]"),
+}
+
+
+@pytest.mark.parametrize(("attempt", "match"), BAD.values(), ids=BAD)
+def test_bad_input(attempt, match):
+    with pytest.raises(ValueError, match=match):
+        attempt()
