@@ -1,20 +1,31 @@
-"""Time grids, decreasing from t1 to t0 (a grid is an array), and `sample`, which takes one-step
-methods along one.
+"""Time grids, decreasing from t1 to t0 (a grid is an array), and what takes a method along one:
+`sample` one-step methods, `sample_multistep` those with a memory.
 """
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sde_score import _checks
-from sde_score._typing import SDE, Key, Scalar, ScoreFn, Step
+from sde_score._typing import SDE, Key, Scalar, ScoreFn, Step, bind
 from sde_score.parameterization import denoise
 from sde_score.sampling.steps import euler_maruyama
 from sde_score.sde import log_snr, sample_prior, time_of_log_snr
 
 Finish = Callable[[ScoreFn, SDE, Array, Array], Array]
+
+
+class Multistep(NamedTuple):
+    """A method that remembers, as a pair of functions: what it carries, and one step.
+
+    `init(x) -> state`; `step(key, score_fn, sde, x_t, t, s, state) -> (x_s, state)` with s < t.
+    """
+
+    init: Callable[[Array], Any]  # a pytree of arrays
+    step: Callable[..., tuple[Array, Any]]
 
 
 def uniform_grid(sde: SDE, num_steps: int) -> Float[Array, " num_steps+1"]:
@@ -62,18 +73,46 @@ def sample(
     `finish(score_fn, sde, x, t)`, by default the posterior mean at the last time. For many
     samples, jax.vmap over keys: sample i depends on key i alone.
     """
-    prior_key, noise_key = split_key(key)
     ts = uniform_grid(sde, 500) if ts is None else ts
+    method = Multistep(_no_state, bind(_stateless, step))
+    return sample_multistep(
+        key, score_fn, sde, shape, method=method, ts=ts, init=init, finish=finish
+    )
+
+
+def sample_multistep(
+    key: Key,
+    score_fn: ScoreFn,
+    sde: SDE,
+    shape: tuple[int, ...],
+    *,
+    method: Multistep,
+    ts: Float[Array, " n"],
+    init: Float[Array, "*shape"] | None = None,
+    finish: Finish | None = denoise,
+) -> Float[Array, "*shape"]:
+    """One sample, by a `Multistep` in a scan along the grid `ts`; all else as for `sample`."""
+    prior_key, noise_key = split_key(key)
     _checks.check_grid(ts, sde)
     x = initial_state(prior_key, sde, shape, init, ts[0])
     ts = jnp.asarray(ts, x.dtype)
 
-    def advance(x: Array, inputs: tuple[Array, Array, Array]) -> tuple[Array, None]:
-        index, t, s = inputs
-        return step(jax.random.fold_in(noise_key, index), score_fn, sde, x, t, s), None
+    def advance(carry: tuple, inputs: tuple[Array, Array, Array]) -> tuple[tuple, None]:
+        (x, state), (index, t, s) = carry, inputs
+        noise = jax.random.fold_in(noise_key, index)
+        return method.step(noise, score_fn, sde, x, t, s, state), None
 
-    x, _ = jax.lax.scan(advance, x, (jnp.arange(ts.size - 1), ts[:-1], ts[1:]))
+    inputs = jnp.arange(ts.size - 1), ts[:-1], ts[1:]
+    (x, _), _ = jax.lax.scan(advance, (x, method.init(x)), inputs)
     return x if finish is None else finish(score_fn, sde, x, ts[-1])
+
+
+def _no_state(x: Array) -> tuple[()]:
+    return ()
+
+
+def _stateless(step: Step, *args: Any) -> tuple[Array, tuple[()]]:
+    return step(*args[:-1]), ()
 
 
 def split_key(key: Key) -> tuple[Key, Key]:
