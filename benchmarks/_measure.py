@@ -50,14 +50,20 @@ def ratio(numerator: Measurement, denominator: Measurement, factor: float = 1.0)
     return float(np.median(numerator.seconds / (factor * denominator.seconds)))
 
 
-def report(name: str, measurement: Measurement, **fields: object) -> None:
-    """Print one JSON line."""
-    line = {
+def context(name: str, dtype: str = "float32") -> dict[str, object]:
+    """What every line begins with."""
+    return {
         "name": name,
         "device": f"{jax.devices()[0].device_kind} ({platform.machine()})",
         "versions": {package: version(package) for package in ("jax", "diffrax", "flax")},
         "date": time.strftime("%Y-%m-%d"),
-        "dtype": "float32",
+        "dtype": dtype,
+    }
+
+
+def report(name: str, measurement: Measurement, **fields: object) -> None:
+    """Print one JSON line."""
+    line = context(name) | {
         "compile_s": round(measurement.compile_s, 3),
         "median_s": round(measurement.median_s, 5),
     }

@@ -12,6 +12,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.flatten_util import ravel_pytree
 from jax.tree_util import Partial
 
 import sde_score as ss
@@ -94,7 +95,7 @@ def gradient_noise(dim, times, num_keys=200):
                 data_key, loss_key = jax.random.split(key)
                 x0 = jax.random.normal(data_key, (64, dim))
                 fit = lambda p: loss(loss_key, score(p), SDE, x0, times=law)
-                flat, _ = jax.flatten_util.ravel_pytree(jax.grad(fit)(params))
+                flat, _ = ravel_pytree(jax.grad(fit)(params))
                 return flat
 
             keys = jax.random.split(jax.random.key(4), num_keys)

@@ -3,14 +3,17 @@
 
 `sample` and `sample_sde` (fixed steps) are compared with one `fori_loop` over a batch;
 `sample_ode` (adaptive, per sample) with as many batched evaluations in a loop as its slowest
-sample needed. The last line counts compilations.
+sample needed. With the batch as the event, all samples in one solve, it is compared with scipy's
+RK45, and error control of each sample's own with that. The last line counts compilations.
 """
 
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import Partial
+from scipy.integrate import solve_ivp
 
 import sde_score as ss
 from benchmarks._measure import measure, ratio, report
@@ -52,6 +55,27 @@ def hand_written_evaluations(count, score_fn, keys):
     return jax.lax.fori_loop(0, count, lambda i, x: x + 1e-3 * drift(x, t + 1e-4 * i), x)
 
 
+def batch_as_event(sampler):
+    """One solve of all samples, with one step size for all."""
+    return jax.jit(lambda s, key: sampler(key, jax.vmap(s, (0, None)), SDE, (POINTS, *SHAPE)))
+
+
+@jax.jit
+def drift_of_batch(score_fn, t, x):
+    return jax.vmap(lambda x: ss.reverse_drift(score_fn, SDE, x, t, churn=0.0))(x)
+
+
+def scipy_rk45(score_fn, key):
+    """Dormand–Prince by scipy, on the flattened batch, at the tolerances of `sample_ode`."""
+
+    def field(t, x):
+        x = np.asarray(x.reshape(POINTS, *SHAPE), np.float32)
+        return np.ravel(drift_of_batch(score_fn, np.float32(t), x))
+
+    x = np.ravel(ss.sample_prior(key, SDE, (POINTS, *SHAPE)))
+    return solve_ivp(field, (SDE.t1, SDE.t0), x, method="RK45", rtol=1e-5, atol=1e-5)
+
+
 def batched(sampler, **options):
     one = lambda score_fn, key: sampler(key, score_fn, SDE, SHAPE, **options)
     return jax.jit(lambda score_fn, keys: jax.vmap(one, (None, 0))(score_fn, keys))
@@ -70,14 +94,21 @@ def main():
         "sample_ode": batched(ss.sample_ode),
     }
     bound = {name: partial(fn, score_fn, keys) for name, fn in functions.items()}
+    key = jax.random.key(3)
+    batch_evaluations = int(batch_as_event(ss.solve_ode)(score_fn, key).num_evals)
+    bound["scipy_rk45"] = lambda: scipy_rk45(score_fn, key).y
+    bound["sample_ode_batch"] = partial(batch_as_event(ss.sample_ode), score_fn, key)
     times = measure(bound, repetitions=7)
-    for name, reference, evals in (
-        ("sample", "hand_written_euler", STEPS),
-        ("sample_sde", "hand_written_euler", STEPS),
-        ("sample_ode", "hand_written_evaluations", evaluations),
+    for label, name, reference, evals in (
+        ("overhead_sample", "sample", "hand_written_euler", STEPS),
+        ("overhead_sample_sde", "sample_sde", "hand_written_euler", STEPS),
+        ("overhead_sample_ode", "sample_ode", "hand_written_evaluations", evaluations),
+        ("scipy_rk45", "scipy_rk45", "scipy_rk45", scipy_rk45(score_fn, key).nfev),
+        ("one_solve_for_the_batch", "sample_ode_batch", "scipy_rk45", batch_evaluations),
+        ("error_control_per_sample", "sample_ode", "sample_ode_batch", evaluations),
     ):
         report(
-            f"overhead_{name}",
+            label,
             times[name],
             shape=SHAPE,
             batch=POINTS,

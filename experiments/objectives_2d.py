@@ -272,6 +272,8 @@ def _sample_errors(draws: dict[str, Array], real: Array) -> Metrics:
     for name, samples in draws.items():
         inside = jnp.all(jnp.abs(samples) < REACH, axis=1)  # false for nan
         metrics[f"{name}_escaped"] = float(1.0 - inside.mean())
+        if inside.sum() < 10:  # too few to tell: the fraction that escaped says it all
+            continue
         distance = ss.metrics.energy_distance(samples[inside], real)
         metrics |= _with_stderr(f"{name}_energy_distance", *distance)
     return metrics

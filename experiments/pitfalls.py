@@ -4,8 +4,8 @@ measured against a closed form.
 1. line.png: data on a line of the plane. With noise sigma the score grows like 1/sigma; without
    noise sliced score matching has no minimum.
 2. low_density.png: a trained score is wrong where data are rare.
-3. weights.png: Langevin dynamics with the exact score misses the weights of separated modes; the
-   reverse SDE finds them.
+3. weights.png: Langevin dynamics with the exact score misses the weights of separated modes;
+   annealed over noise levels it finds them, as the reverse SDE does.
 4. sigma.png: denoising score matching at one sigma. Much noise biases the score, little noise
    makes the variance of the gradient explode; sliced score matching needs no sigma.
 
@@ -252,12 +252,21 @@ def _langevin(key: ss.Key, config: Config) -> Array:
     return ss.langevin_sample(key, mixture().score, x, **options)
 
 
+def _annealed_langevin(key: ss.Key, config: Config) -> Array:
+    sde = ss.VE(sigma_min=0.3, sigma_max=15.0, t0=0.0)
+    options = {"ts": ss.uniform_grid(sde, 19), "step_size": 0.3 * 0.3**2}
+    num_steps = config.langevin_steps // 10  # at each of 20 levels: twice the moves of `_langevin`
+    score = ss.exact_score(mixture(), sde)
+    return ss.annealed_langevin_sample(key, score, sde, (2,), num_steps=num_steps, **options)
+
+
 def _reverse_sde(key: ss.Key, config: Config) -> Array:
     return ss.sample(key, ss.exact_score(mixture(), ss.VP()), ss.VP(), (2,))
 
 
 SAMPLERS = {  # (key, config) -> one draw by the exact score: the columns of pitfall 3
     "langevin": _langevin,
+    "annealed_langevin": _annealed_langevin,
     "reverse_sde": _reverse_sde,
 }
 

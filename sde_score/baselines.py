@@ -59,6 +59,21 @@ def cross_validated_bandwidth(x: Float[Array, "n *event"]) -> Scalar:
     return _cross_validate(points)
 
 
+def propose_sigma(x: Float[Array, "n *event"]) -> Scalar:
+    """A noise level for `single_sigma_score_matching`: n^{1/(d+4)} `cross_validated_bandwidth`/6.
+
+    The undivided number is the standard deviation for which Scott's rule gives the cross-validated
+    width: for a normal its own, for a mixture about that of a part. The factor is measured: on
+    10,000 points of six densities of `sde_score.data` and of normals in 1 to 40 dimensions, the
+    sigma of the least Fisher divergence to the data's own score was 0.6 to 1.8 times the proposal
+    (three swish layers of 64 and a linear skip, 2,000 and 4,000 steps of Adam). Fewer points or a
+    network that overfits want more.
+    """
+    points = _points("x", x)
+    num, dim = points.shape
+    return num ** (1 / (dim + 4)) * cross_validated_bandwidth(x) / 6
+
+
 def kernel_density_log_prob(data: Float[Array, "n *event"], bandwidth: Scalar) -> Partial:
     """x ↦ log 1/n Σ_j N(x; x_j, h² I), in nats."""
     return bind(_kernel_density_log_prob, *_kernel(data, bandwidth))
@@ -77,23 +92,24 @@ def stein_score(
 ) -> Partial:
     """The Stein gradient estimator (Li & Turner 2018, arXiv 1705.07107), at any x.
 
-    Stein's identity E[k(x, ·) ∇log p + ∇k(x, ·)] = 0 on the points, by ridge regression, gives
-    their scores G = −(K + ridge I)⁻¹ B, B_i = Σ_j ∇_{x_j} k(x_i, x_j) (their eq. 8). A new x joins
-    the points as one more: eliminating all but its row from that system of n + 1 leaves
+    Stein's identity E_y[k(x, y) ∇log p(y) + ∇_y k(x, y)] = 0, over the points by ridge
+    regression, gives their scores G = −(K + ridge I)⁻¹ B, B_i = Σ_j ∇_{x_j} k(x_i, x_j) (sec.
+    3.1). A new x joins the points as one more (sec. 3.4; Shi et al. 2018, arXiv 1806.02925, extend
+    another estimator): eliminating all but its row from the system of n + 1 leaves
 
         s(x) = −[Σ_j (1 + u_j) k_j (x − x_j)/h² + Σ_j k_j G_j] / (1 + ridge − kᵀu),
 
-    k_j = k(x, x_j), u = (K + ridge I)⁻¹ k (their sec. 3.4; no Nyström extension as in Shi et al.
-    2018, which estimates other coefficients). k = exp(−‖x − y‖²/2h²), h = `bandwidth`, by default
-    the median distance of the points. One Cholesky factor: O(n³) time, n² numbers.
+    k_j = k(x, x_j), u = (K + ridge I)⁻¹ k. Here k = exp(−‖x − y‖²/2h²), h = `bandwidth`, by
+    default the median distance of the points: mixtures want less. With it, for 500 and 2,000
+    points of normals in 2, 10 and 40 dimensions, a ridge of 1 gave at most 1.25 times the least
+    error of five from 0.01 to 10. O(n³) time and n² numbers once, O(n²) time a call.
     """
-    data, _ = _kernel(data, 1.0)
+    points = _points("data", data)
     _checks.check_positive("ridge", ridge)
     if bandwidth is None:
-        _checks.check_count("len(data)", len(data), 8)
-        bandwidth = median_bandwidth(data[::2], data[1::2])  # of all: it pools them
+        _checks.check_count("len(data)", len(points), 8)
+        bandwidth = median_bandwidth(points[::2], points[1::2])  # of all: it pools them
     data, bandwidth = _kernel(data, bandwidth)
-    points = data.reshape(len(data), -1)
 
     def row(x: Array) -> tuple[Array, Array]:
         k = _gaussian(points, bandwidth, x)

@@ -30,7 +30,8 @@ def map_in_chunks(
 
     With keys for `xs`, fn = lambda key, s: sample_ode(key, s, sde, shape) and args = (s,) it draws
     samples: sample i is a function of key i, so the noise is the same bit for bit whatever the
-    chunk, and the samples are up to the order of sums. Compiled once: the last chunk is filled up.
+    chunk, and the samples are up to the order of sums. Compiled once for each fn, as the last
+    chunk is filled up.
     """
     _checks.check_count("chunk_size", chunk_size)
     sizes = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(xs)}
@@ -40,14 +41,18 @@ def map_in_chunks(
             f"{[jnp.shape(leaf) for leaf in jax.tree.leaves(xs)]}."
         )
     (total,) = sizes.pop()
-    run = jax.jit(jax.vmap(fn, in_axes=(0, *(None for _ in args))))
-    args = tuple(travelling(arg) for arg in args)
+    fn, args = travelling(fn), tuple(travelling(arg) for arg in args)
     start, chunks = time.perf_counter(), []
     for first in range(0, total, chunk_size):
         rows = jnp.minimum(first + jnp.arange(min(chunk_size, total)), total - 1)
-        values = run(jax.tree.map(lambda leaf, rows=rows: leaf[rows], xs), *args)
+        values = _run(fn, jax.tree.map(lambda leaf, rows=rows: leaf[rows], xs), args)
         done = min(first + chunk_size, total)
         chunks.append(jax.tree.map(lambda leaf, n=done - first: np.asarray(leaf)[:n], values))
         if progress is not None:
             progress(done, total, time.perf_counter() - start)
     return jax.tree.map(lambda *parts: np.concatenate(parts), *chunks)
+
+
+@jax.jit
+def _run(fn: Callable, xs: Any, args: tuple) -> Any:
+    return jax.vmap(lambda x: fn(x, *args))(xs)

@@ -23,6 +23,7 @@ Probes: TypeAlias = Callable[[Key, int, tuple[int, ...]], Array]
 def divergence(fn: Field, x: Float[Array, "*event"]) -> tuple[Float[Array, "*event"], Scalar]:
     """fn(x) and its exact divergence, at the cost of one Jacobian-vector product per dimension."""
     _checks.check_floating("x", x)
+    x = jnp.asarray(x)
     value, pushforward = jax.linearize(_checked(fn), x)
     basis = jnp.eye(x.size, dtype=x.dtype)
 
@@ -38,7 +39,6 @@ def hutchinson_divergence(
     """fn(x) and vᵀ (∂f/∂x) v for each probe v: unbiased estimates of the divergence where E[v vᵀ]
     = I.
     """
-    check_probes(probes)
     value, products = jacobian_products(fn, x, probes)
     return value, jnp.stack([jnp.sum(v * jv) for v, jv in zip(probes, products, strict=True)])
 
@@ -48,12 +48,8 @@ def jacobian_products(
 ) -> tuple[Float[Array, "*event"], list[Float[Array, "*event"]]]:
     """fn(x) and (∂f/∂x) v for each direction v."""
     _checks.check_floating("x", x)
-    _checks.check_shape(
-        "probes",
-        directions.shape[1:],
-        x.shape,
-        f"The leading axis counts the probes; got {directions.shape} for x of shape {x.shape}.",
-    )
+    x = jnp.asarray(x)
+    check_directions(directions, x)
     value, pushforward = jax.linearize(_checked(fn), x)
     # A Python loop: under vmap over examples it is 2 to 3 times as fast as vmap over directions.
     return value, [pushforward(direction) for direction in directions.astype(x.dtype)]
@@ -84,14 +80,22 @@ def sphere_probes(key: Key, num: int, shape: tuple[int, ...]) -> Float[Array, "n
     return normal / jnp.sqrt(mean_square)
 
 
-def check_probes(probes: Array, name: str = "probes") -> None:
-    """Probes whose values are known are not unit vectors."""
-    if not _checks.is_concrete(probes) or jnp.size(probes) <= len(probes):
+def check_directions(probes: Array, x: Array) -> None:
+    """`probes` holds at least one vector like x."""
+    fix = f"The leading axis counts the probes; got {jnp.shape(probes)} for x of shape {x.shape}."
+    _checks.check_shape("probes", jnp.shape(probes)[1:], x.shape, fix)
+    _checks.check_count("len(probes)", jnp.shape(probes)[0] if jnp.ndim(probes) else 0)
+
+
+def check_probes(probes: Array, x: Array) -> None:
+    """`probes` are directions, and where their values are known not unit vectors."""
+    check_directions(probes, x)
+    if not _checks.is_concrete(probes) or x.size == 1:
         return  # in one dimension unit vectors are right
     norms = np.linalg.norm(np.asarray(probes).reshape(len(probes), -1), axis=1)
     if np.all(np.abs(norms - 1.0) < 1e-6):
         raise _checks.ArgumentError(
-            f"`{name}` must have E[v vᵀ] = I; all {len(norms)} have norm 1, for which it is I/d. "
+            f"`probes` must have E[v vᵀ] = I; all {len(norms)} have norm 1, for which it is I/d. "
             "Multiply them by √d, as sphere_probes does."
         )
 

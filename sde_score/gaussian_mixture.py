@@ -188,8 +188,8 @@ def loss_floor(
     """The least value of `dsm_loss` over all scores, with a standard error: the loss of the exact
     score, E_t weight ½ E‖∇log p(x_t | x_0) − ∇log p_t(x_t)‖², from `num_samples` draws.
 
-    A model's `dsm_loss` less this floor is its `esm_loss`. With times that are not independent the
-    standard error is too large.
+    A model's `dsm_loss` less this floor is its `esm_loss`. The standard error takes the times for
+    independent: of stratified ones it is too large, of antithetic ones it may be too small.
     """
     _checks.check_key(key)
     _checks.check_count("num_samples", num_samples, minimum=2)

@@ -62,6 +62,14 @@ FUNCTIONS = {
     "sample_heun": lambda key, s, sde, t: ss.sample(
         key, s, sde, (2,), step=ss.heun, ts=ss.karras_grid(sde, 3)
     ),
+    "sample_multistep": lambda key, s, sde, t: ss.sample_multistep(
+        key, s, sde, (2,), method=ss.adams(sigma_data=t), ts=ss.log_snr_grid(sde, 3)
+    ),
+    "fit_grid": lambda key, s, sde, t: ss.fit_grid(
+        *(key, s, sde, (2,), 3),
+        sampler=Partial(ss.sample, step=ss.ddim),
+        **{"num_samples": 2, "num_iterations": 2, "fine_steps": 4},
+    ),
     "sample_sde": lambda key, s, sde, t: ss.sample_sde(
         key, s, sde, (2,), ts=ss.log_snr_grid(sde, 3)
     ),
@@ -132,12 +140,21 @@ FUNCTIONS = {
     "log_density_ratio": lambda key, s, sde, t: ss.log_density_ratio(
         lambda x: s(x, t), X, 2.0 * X, num_points=2
     ),
+    "bandwidths": lambda key, s, sde, t: (
+        *(ss.scott_bandwidth(t * BATCH), ss.silverman_bandwidth(t * BATCH)),
+        *(ss.cross_validated_bandwidth(t * BATCH), ss.propose_sigma(t * BATCH)),
+    ),
+    "kernel_density_log_prob": lambda key, s, sde, t: ss.kernel_density_log_prob(BATCH, t)(X),
+    "kernel_density_score": lambda key, s, sde, t: ss.kernel_density_score(BATCH, t)(X),
+    "stein_score": lambda key, s, sde, t: ss.stein_score(BATCH, bandwidth=t, ridge=t)(X),
     "bits_per_dim": lambda key, s, sde, t: ss.bits_per_dim(t, 2, bin_width=t),
     "uniform_dequantize": lambda key, s, sde, t: ss.uniform_dequantize(key, jnp.arange(3), 3),
 }
 ELSEWHERE = {  # traced once in tests of their own, or inside a function above
+    *("scott_bandwidth", "silverman_bandwidth", "cross_validated_bandwidth", "propose_sigma"),
     *("marginal", "exact_score", "posterior_mean", "gaussian_flow", "solve_ode", "solve_sde"),
     *("euler_maruyama", "heun", "ddim", "ancestral", "uniform_grid", "log_snr_grid"),
+    *("dpm_solver_pp", "unipc", "adams", "sde_dpm_solver_pp"),
     *("reverse_diffusion", "ancestral_beta", "langevin"),
     *("karras_grid", "likelihood_times", "noise_weight", "likelihood_weight"),
     *("rademacher_probes", "gaussian_probes", "sphere_probes", "make_train_step"),
@@ -210,6 +227,7 @@ ARGUMENTS = {
     "num": 2,
     "levels": np.array([1, 2]),
     "num_levels": 3,
+    **{"method": None, "sampler": None},
     "step_size": 0.1,
     "num_steps": 1,
     "loss_fn": lambda params, key, batch: params["w"],

@@ -110,6 +110,7 @@ def test_pitfalls_agree_with_their_closed_forms(tmp_path):
     files |= {"score.safetensors", "metrics.json", "config.json"}
     assert {path.name for path in tmp_path.iterdir()} == files
     assert abs(metrics["weight_reverse_sde_z"]) < 5 < abs(metrics["weight_langevin_z"])
+    assert abs(metrics["weight_annealed_langevin_z"]) < 5
     for sigma in pitfalls.QUICK.sigmas:  # d/sigma² − E‖score‖², the modes being far apart
         name, exact = f"dsm_target_variance_{sigma:g}", 2 / sigma**2 - 2 / (1 + sigma**2)
         assert abs(metrics[name] - exact) < 5 * metrics[f"{name}_stderr"]

@@ -2,7 +2,7 @@
 that are neither plain denoising nor plain slicing.
 """
 
-import functools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -65,9 +65,9 @@ ALONE = {
 }
 OVER_SDE = {
     **LOSSES,
-    "ssm, plain": functools.partial(ssm_loss, variance_reduced=False, num_projections=2),
-    "edm": functools.partial(edm_loss, sigma_data=0.7),
-    "likelihood": functools.partial(dsm_loss, weight=likelihood_weight, times=likelihood_times),
+    "ssm, plain": partial(ssm_loss, variance_reduced=False, num_projections=2),
+    "edm": partial(edm_loss, sigma_data=0.7),
+    "likelihood": partial(dsm_loss, weight=likelihood_weight, times=likelihood_times),
 }
 
 
@@ -82,7 +82,7 @@ def test_gradient_against_central_differences(name, model, x64):
     x0 = jnp.asarray(np.random.default_rng(4).normal(size=(8, 2)))
 
     def loss(params):
-        score = functools.partial(model, params)
+        score = partial(model, params)
         if name in OVER_SDE:
             return OVER_SDE[name](jax.random.key(12), score, VP(), x0)
         keys = jax.random.split(jax.random.key(12), len(x0))
@@ -242,6 +242,69 @@ def test_loss_floor(sde, x64):
     assert abs(excess - explicit) < 5.0 * np.sqrt(2.0) * floor.stderr
 
 
+def test_projections_and_their_number_reach_the_objective(x64):
+    """From one key the sliced losses are the time-free objectives at the same noised point."""
+    sde, x0, t = VP(), jnp.asarray([[0.4, -0.8]]), 0.6
+    law, score = grid_times(jnp.array([t])), lambda x: bent(x, t)
+    counts = []
+
+    def probes(key, num, shape):
+        """Three vectors when asked for three; the check of the law asks for more."""
+        counts.append(num)
+        fixed = jnp.asarray([[1.0, 1.0], [-1.0, 1.0], [0.5, -1.3]])
+        return fixed if num == 3 else rademacher_probes(key, num, shape)
+
+    _, example_key = jax.random.split(jax.random.key(3))
+    x_t, _ = perturb(jax.random.split(example_key, 1)[0], sde, x0[0], t)
+    run = lambda loss, **options: loss(  # noqa: E731
+        jax.random.key(3), bent, sde, x0, times=law, probes=probes, num_projections=3, **options
+    )
+    weight, vectors = sde.sigma(t) ** 2, probes(None, 3, (2,))
+    for reduced in (True, False):
+        want = weight * sliced_score_matching(score, x_t, vectors, variance_reduced=reduced)
+        np.testing.assert_allclose(run(ssm_loss, variance_reduced=reduced), want, rtol=1e-12)
+    step = 0.5 * sde.sigma(t)
+    want = weight * finite_difference_score_matching(score, x_t, vectors, step_size=step)
+    np.testing.assert_allclose(run(fdsm_loss, step_size=0.5), want, rtol=1e-12)
+    assert counts.count(3) == 4
+    assert abs(want - weight * sliced_score_matching(score, x_t, vectors)) > 1e-3
+
+
+def test_single_sigma_closed_form(x64):
+    """With s = −c x at x = 0 the residual is (1 − c sigma²) z/sigma: ½ d (1 − c sigma²)²/sigma²
+    in the mean.
+    """
+    c, sigma = 0.4, 0.5
+    keys = jax.random.split(jax.random.key(0), 4_000)
+    draw = lambda key: single_sigma_score_matching(  # noqa: E731
+        key, lambda x: -c * x, jnp.zeros(3), sigma=sigma
+    )
+    within(jax.vmap(draw)(keys), 1.5 * (1.0 - c * sigma**2) ** 2 / sigma**2)
+
+
+def test_finite_differences_far_from_the_origin():
+    """In float32 at x = 100, 10,000 noise levels away from 0, a step that is no power of two
+    rounds x ± h v and is 14 % off.
+    """
+    score = lambda x: (100.0 - x) / 0.01**2  # noqa: E731
+    x = 100.0 + 0.01 * jax.random.normal(jax.random.key(0), (500, 2))
+    signs = jnp.asarray([[1.0, -1.0]])
+    differences = lambda x: finite_difference_score_matching(  # noqa: E731
+        score, x, signs, step_size=4.9e-5
+    )
+    got, want = jax.vmap(differences)(x), jax.vmap(partial(implicit_score_matching, score))(x)
+    np.testing.assert_allclose(got.mean(), want.mean(), rtol=1e-3)
+
+
+def test_the_standard_error_of_the_floor():
+    """It is the spread of independent floors, to the 5 % that 200 of them tell."""
+    gmm = GaussianMixture(*mixture())
+    floor = lambda key: loss_floor(key, VP(), gmm, num_samples=400)  # noqa: E731
+    floors = jax.jit(jax.vmap(floor))(jax.random.split(jax.random.key(5), 200))
+    ratio = np.std(floors.value) / np.sqrt(np.mean(np.square(floors.stderr)))
+    assert abs(ratio - 1.0) < 5.0 * 0.05
+
+
 def test_sphere_probes(x64):
     v = np.asarray(sphere_probes(jax.random.key(0), 20_000, (3, 2)))
     np.testing.assert_allclose(np.sum(v**2, axis=(1, 2)), 6.0, rtol=1e-12)
@@ -262,9 +325,21 @@ BAD = {
         lambda: finite_difference_score_matching(linear, X, UNIT),
         r"`probes` must have E\[v vᵀ\] = I; all 2 have norm 1",
     ),
-    "unit probes, divergence": (
-        lambda: hutchinson_divergence(linear, X, UNIT),
-        "all 2 have norm 1, for which it is I/d",
+    "no probes": (
+        lambda: sliced_score_matching(linear, X, np.ones((0, 2))),
+        r"`len\(probes\)` must be a Python integer of at least 1; got 0",
+    ),
+    "no probes, divergence": (
+        lambda: hutchinson_divergence(linear, X, np.ones((0, 2))),
+        r"`len\(probes\)` must be a Python integer of at least 1; got 0",
+    ),
+    "step over an SDE": (
+        lambda: fdsm_loss(jax.random.key(0), linear, VP(), BATCH, step_size=0.0),
+        "`step_size` must be finite and above 0; got 0.0",
+    ),
+    "score with time": (
+        lambda: single_sigma_score_matching(jax.random.key(0), lambda x, t: -x, X, sigma=0.5),
+        r"and nothing else: wrap .* one with time with `lambda x: net\(x, t\)`",
     ),
     "unit law": (
         lambda: ssm_loss(jax.random.key(0), linear, VP(), BATCH, probes=unit_vectors),

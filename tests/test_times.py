@@ -87,6 +87,22 @@ def test_lognormal_times_are_log_normal(x64):
     assert len(np.unique(level)) == 20_000
 
 
+def test_lognormal_times_reach_the_far_tail_in_float32():
+    """Where the law's upper end lies 7 deviations above the mean, a probability that float32
+    cannot tell from 1.
+    """
+    sde = VE(0.01, 1348.0)
+    t, weight = lognormal_times()(jax.random.key(0), sde, 100_000)
+    level = np.asarray(-0.5 * log_snr(sde, t))
+    assert np.isfinite(weight).all()
+    # the highest of 100,000 strata begins at the deviation Φ⁻¹(1 − 1e-5) = 4.26
+    assert level.max() > -1.2 + 1.2 * 4.26
+    far = VE(1.0, 3.0)
+    t, _ = lognormal_times(mean=-8.0)(jax.random.key(1), far, 1_000)
+    # the mean of N(−8, 1.2²) cut to [0, ln 3]
+    np.testing.assert_allclose(np.mean(-0.5 * log_snr(far, t)), 0.171282, rtol=0.01)
+
+
 @sdes
 def test_times_share_one_expectation(sde, x64):
     """weight · h(t) has the mean of h over [t0, t1] under every law: (t1⁴ − t0⁴)/(4 (t1 − t0))

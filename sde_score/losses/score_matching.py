@@ -20,6 +20,7 @@ def explicit_score_matching(
 ) -> Scalar:
     """½‖s(x) − ∇log p(x)‖², the Fisher divergence's integrand, where the true score is known."""
     _checks.check_data("x", x)
+    x = _checks.at_least_float32(x)
     difference = _checks.call(score_fn, x) - _checks.call(true_score, x, name="true_score")
     return 0.5 * jnp.sum(difference**2)
 
@@ -27,6 +28,7 @@ def explicit_score_matching(
 def implicit_score_matching(score_fn: ScoreFn, x: Float[Array, "*event"]) -> Scalar:
     """tr(∂s/∂x) + ½‖s‖², with the exact trace (Hyvärinen 2005, eq. 4)."""
     _checks.check_data("x", x)
+    x = _checks.at_least_float32(x)
     score, trace = divergence(_checked(score_fn), x)
     return trace + 0.5 * jnp.sum(score**2)
 
@@ -38,13 +40,14 @@ def sliced_score_matching(
     *,
     variance_reduced: bool = True,
 ) -> Scalar:
-    """The mean over probes v of vᵀ (∂s/∂x) v + ½‖s‖² (Song et al. 2019, eq. 9), or + ½ (vᵀ s)²
-    (eq. 8) if not reduced.
+    """The mean over probes v of vᵀ (∂s/∂x) v + ½‖s‖², or + ½ (vᵀ s)² if not variance-reduced (Song
+    et al. 2019, sec. 3.2 and 3.3).
 
     Both need E[v vᵀ] = I, as `rademacher_probes`, `gaussian_probes` and `sphere_probes` have.
     """
     _checks.check_data("x", x)
-    check_probes(probes)
+    x = _checks.at_least_float32(x)
+    check_probes(probes, x)
     score, products = jacobian_products(_checked(score_fn), x, probes)
     trace = sum(jnp.sum(v * jv) for v, jv in zip(probes, products, strict=True)) / len(products)
     if variance_reduced:
@@ -63,16 +66,15 @@ def finite_difference_score_matching(
     matching, variance-reduced, to O(h²), by two evaluations and no derivative (Pang et al. 2020,
     arXiv 2007.03317).
 
-    h = `step_size`, by default the cube root of the dtype's precision (0.005 in float32), which
-    suits an x of about unit size.
+    h = `step_size` rounded to a power of two, so that x ± h v is exact for signs; by default near
+    the cube root of the dtype's precision (0.004 in float32), which suits an x of about unit size.
     """
     _checks.check_data("x", x)
     _checks.check_positive("step_size", step_size)
-    fix = "The leading axis counts the probes."
-    _checks.check_shape("probes", jnp.shape(probes)[1:], jnp.shape(x), fix)
-    check_probes(probes)
     x = _checks.at_least_float32(x)
+    check_probes(probes, x)
     h = jnp.asarray(jnp.finfo(x.dtype).eps ** (1 / 3) if step_size is None else step_size, x.dtype)
+    h = jnp.exp2(jnp.round(jnp.log2(h)))
     directions = h * probes.astype(x.dtype)
     points = x[None] + jnp.concatenate([directions, -directions])
     above, below = jnp.split(jax.vmap(lambda x: _checks.call(score_fn, x))(points), 2)
@@ -84,7 +86,7 @@ def single_sigma_score_matching(
     key: Key, score_fn: ScoreFn, x: Float[Array, "*event"], *, sigma: Scalar
 ) -> Scalar:
     """Denoising score matching at one noise level: ½‖s(x̃) + (x̃ − x)/sigma²‖², x̃ = x + sigma z
-    (Vincent 2011, eq. 11).
+    (Vincent 2011, sec. 4).
 
     Its minimum is the score of the data with noise, p * N(0, sigma² I); `propose_sigma` proposes a
     sigma. Computed as ½‖sigma s + z‖²/sigma²; the variance grows as sigma → 0.

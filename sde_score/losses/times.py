@@ -109,10 +109,13 @@ def _min_snr_weight(gamma: Scalar, sde: SDE, t: Scalar) -> Scalar:
 
 
 def _lognormal_times(mean: Scalar, std: Scalar, key: Key, sde: SDE, num: int) -> Draws:
-    lowest, highest = (norm.cdf((-0.5 * end - mean) / std) for end in _log_snr_range(sde)[::-1])
-    level = mean + std * norm.ppf(lowest + (highest - lowest) * _stratified(key, num))
-    t = time_of_log_snr(sde, -2.0 * level)
-    density = norm.pdf(level, mean, std) / (highest - lowest) * 0.5 * _log_snr_slope(sde, t)
+    ends = jnp.stack([(-0.5 * end - mean) / std for end in _log_snr_range(sde)[::-1]])
+    fraction, (below, above) = _stratified(key, num), (norm.cdf(ends), norm.sf(ends))
+    lower, upper = (tail[0] + (tail[1] - tail[0]) * fraction for tail in (below, above))
+    # From the nearer tail: in float32 the probability itself ends 5 deviations above the mean.
+    standard = jnp.where(lower < upper, norm.ppf(lower), -norm.ppf(upper))
+    t = time_of_log_snr(sde, -2.0 * (mean + std * standard))
+    density = norm.pdf(standard) / (below[1] - below[0]) / std * 0.5 * _log_snr_slope(sde, t)
     return t, 1.0 / (density * (sde.t1 - sde.t0))
 
 

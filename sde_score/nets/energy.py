@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 
 from sde_score import _checks
 from sde_score._typing import Scalar, ScoreFn, bind
+from sde_score.divergence import check_directions
 from sde_score.nets.embedding import fourier_embedding, geometric_frequencies
 
 Event = Float[Array, "*event"]
@@ -27,8 +28,8 @@ class EnergyMLP(nn.Module):
 
     Layer i is activation(Dense(h) + Dense(embedding of t)), the second term only where a time is
     given, as it then must be to `init` too. The activation must be smooth: training by a score
-    takes two derivatives, implicit and sliced score matching take three. Far from the data E grows
-    or falls linearly: add ½ c ‖x‖² to it where e^{−E} must have an integral over all of space.
+    takes two derivatives, implicit and sliced score matching take three. With swish E
+    grows or falls linearly far from the data: add ½ c ‖x‖² where e^{−E} must have an integral.
     Parameters are float32, computed in `dtype`.
     """
 
@@ -92,8 +93,7 @@ def curl(score_fn: ScoreFn, x: Event, probes: Float[Array, "k *event"] | None = 
     x = jnp.asarray(x)
     if probes is None:
         probes = jnp.eye(x.size, dtype=x.dtype).reshape(x.size, *x.shape)
-    fix = f"The leading axis counts the probes; got {probes.shape} for x of shape {x.shape}."
-    _checks.check_shape("probes", probes.shape[1:], x.shape, fix)
+    check_directions(probes, x)
     _, pushforward = jax.linearize(lambda x: _checks.call(score_fn, x), x)
     pullback = jax.linear_transpose(pushforward, x)
     probes = probes.astype(x.dtype)

@@ -99,6 +99,11 @@ def _noise_level(sde: SDE, t: Scalar, noise: Array, score: Array) -> Scalar:
 
 
 def _norm_ratio(sde: SDE, t: Scalar, noise: Array, score: Array) -> Scalar:
+    if noise.ndim < 2:
+        raise _checks.ArgumentError(
+            f"`batch_langevin` takes a batch, x of shape [B, *event]; got {noise.shape}. For one "
+            "example use `langevin`."
+        )
     noise_norm, score_norm = (
         jnp.mean(jnp.linalg.norm(x.reshape(x.shape[0], -1), axis=1)) for x in (noise, score)
     )

@@ -33,7 +33,7 @@ def fit_grid(
     shape, ts=ts, init=x)`: functools.partial(sample, step=heun, finish=None), say. The increments
     of log-SNR are a softmax; their logits are fitted to `num_samples` starts by the method of
     Levenberg and Marquardt with Jacobians in forward mode, from the best of the three standard
-    grids. An iteration costs about 2 (num_steps + 1) evaluations a step and sample.
+    grids. An iteration costs up to 2 (num_steps + 1) solves of all samples.
     """
     for name, count in (
         ("num_steps", num_steps),

@@ -122,11 +122,11 @@ def edm_stochastic(
 def _ddim_eta(
     eta: Scalar, key: Key, score_fn: ScoreFn, sde: SDE, x_t: Event, t: Scalar, s: Scalar
 ) -> Event:
-    fresh = -(eta**2) * jnp.expm1(log_snr(sde, t) - log_snr(sde, s))  # τ²/sigma_s²
+    fresh = eta * jnp.sqrt(-jnp.expm1(log_snr(sde, t) - log_snr(sde, s)))  # τ/sigma_s
     noise = _noise(score_fn, sde, x_t, t)
     x0 = (x_t - sde.sigma(t) * noise) / sde.alpha(t)
     z = jax.random.normal(key, x_t.shape, x_t.dtype)
-    return sde.alpha(s) * x0 + sde.sigma(s) * (jnp.sqrt(1.0 - fresh) * noise + jnp.sqrt(fresh) * z)
+    return sde.alpha(s) * x0 + sde.sigma(s) * (jnp.sqrt(1.0 - fresh**2) * noise + fresh * z)
 
 
 def _edm_stochastic(
@@ -139,7 +139,8 @@ def _edm_stochastic(
     raised = time_of_log_snr(sde, level - 2.0 * jnp.log1p(gamma))  # at most t1
     start = jnp.where(churns, raised, t)
     a, v = _transition(sde, start, t)
-    scale = s_noise * jnp.sqrt(jnp.maximum(v, 0.0))  # a raise below rounding may have v < 0
+    adds = v > 0  # a raise below rounding may have v < 0; and √v has no gradient at 0
+    scale = s_noise * jnp.where(adds, jnp.sqrt(jnp.where(adds, v, 1.0)), 0.0)
     x = a * x_t + scale * jax.random.normal(key, x_t.shape, x_t.dtype)
     return heun(key, score_fn, sde, x, start, s)
 
