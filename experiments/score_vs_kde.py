@@ -123,8 +123,9 @@ def _row(key: ss.Key, config: Config, dim: int) -> dict[str, Array]:
         "dsm": (partial(_denoising, sigma=sigma), 1.0),
     }
     net = SkipMLP(config.width)
-    for name, (objective, share) in objectives.items():
-        params = _train(fit_key, config, net, objective, x, share)
+    keys = jax.random.split(fit_key, len(objectives))
+    for key, (name, (objective, share)) in zip(keys, objectives.items(), strict=True):
+        params = _train(key, config, net, objective, x, share)
         error = jax.jit(jax.vmap(lambda params, x: _error(Partial(net.apply, params), x)))
         row[name] = error(params, unseen)
     return row
@@ -214,13 +215,16 @@ def _figure(config: Config, metrics: Metrics) -> plt.Figure:
     for name, label in COLUMNS.items():
         values = [metrics[f"{name}_d{dim}"] for dim in config.dims]
         errors = [metrics[f"{name}_d{dim}_stderr"] for dim in config.dims]
-        ax.errorbar(config.dims, values, errors, fmt=styles[name], label=label, capsize=2)
-    for name, values in PUBLISHED.items():
-        ax.plot(PUBLISHED_DIMS, values, "x", color="grey")
-        ax.annotate(f"published, {name}", (PUBLISHED_DIMS[1], values[1]), fontsize=8)
-    ax.set(xscale="log", yscale="log", xlabel="dimension d", ylabel="mean distance to the score")
+        line = ax.errorbar(config.dims, values, errors, fmt=styles[name], label=label)[0]
+        if name in PUBLISHED:
+            shown = [i for i, dim in enumerate(PUBLISHED_DIMS) if dim in config.dims]
+            places = [PUBLISHED_DIMS[i] for i in shown], [PUBLISHED[name][i] for i in shown]
+            ax.plot(*places, "x", color=line.get_color(), label=f"{label}, published")
+    ax.set(xscale="log", yscale="log", xlabel="dimension d")
+    ax.set(ylabel="mean distance to the true score", title="The score of a standard normal")
     ax.set_xticks(config.dims, [str(dim) for dim in config.dims])
-    ax.legend(frameon=False, fontsize=9)
+    ax.set_xticks([], minor=True)
+    ax.legend(frameon=False, fontsize=8, ncols=2)
     return figure
 
 

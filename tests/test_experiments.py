@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 from nbclient import NotebookClient
 
 import sde_score as ss
-from experiments import digits, objectives_2d, pitfalls, toy_2d
+from experiments import digits, objectives_2d, pitfalls, score_vs_kde, toy_2d
 from experiments._run import results_folder
 
 ROOT = Path(__file__).parents[1]
@@ -204,6 +205,27 @@ def test_the_notebook_runs(tmp_path):
         for output in cell.outputs
     )
     assert "nats from the truth" in printed
+
+
+def test_the_table_of_score_errors(tmp_path):
+    """Each column for each d; the limit, the zero predictor and Silverman's kernel density as in
+    their closed forms.
+    """
+    out = tmp_path / "run"
+    config = dataclasses.replace(score_vs_kde.QUICK, dims=(3,), num_train=1_000, num_test=200)
+    config = dataclasses.replace(config, epochs=20, width=16, stein_points=100, out=out)
+    metrics = score_vs_kde.main(config)
+    assert {path.name for path in out.iterdir()} == {"metrics.json", "config.json", "figure.png"}
+    assert json.loads((out / "metrics.json").read_text()) == pytest.approx(metrics)
+    for dim in config.dims:
+        column = {name: metrics[f"{name}_d{dim}"] for name in score_vs_kde.COLUMNS}
+        assert all(metrics[f"{name}_d{dim}_stderr"] > 0 for name in column)
+        mean_norm = np.sqrt(2.0) * math.gamma((dim + 1) / 2) / math.gamma(dim / 2)
+        np.testing.assert_allclose(column["zero"], mean_norm, rtol=0.2)
+        assert column["limit"] < column["sliced"] < column["zero"]
+        assert column["limit"] < column["kde"] < column["zero"]
+    with pytest.raises(ValueError, match="`num_seeds` must be at least 2"):
+        dataclasses.replace(config, num_seeds=1)
 
 
 @pytest.mark.slow

@@ -27,9 +27,8 @@ times less the current one. It is written in 1/r_j: a node that is not there yet
 The corrector (UniC; Zhao et al. 2023, arXiv 2302.04867) costs no evaluation: once the value v at s
 is known, the polynomial through that one too differs from the step's by (v − p(h)) π(r)/π(h), π(r)
 = r (1 − r/r_1) (1 − r/r_2), and so its integral by (v − p(h)) ∫ π/π(h), which raises the order by
-one. The last step stays uncorrected, which costs no order; the first, of order 1, is corrected in
-every method of order 3, which it would hold back. Nothing corrects the second: none exceeds 3 in
-the limit of small steps.
+one. The last step stays uncorrected, which costs no order. The first is of order 1 and, in every
+method of order 3, corrected, lest it hold the order at 2; its error, O(h³) then, holds it at 3.
 """
 
 from collections.abc import Callable
