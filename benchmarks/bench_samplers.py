@@ -225,7 +225,8 @@ def solve(problem):
     score_fn, start = ss.exact_score(gmm, sde), jnp.reshape(start, (-1, gmm.dim))
 
     def measure(sampler, grid, setting):
-        x, count = sampler.draw(key, score_fn, sde, GRIDS.get(grid), setting, start)
+        noise_key = jax.random.clone(key)  # common random numbers
+        x, count = sampler.draw(noise_key, score_fn, sde, GRIDS.get(grid), setting, start)
         found = {"grid": grid, "setting": setting, "evaluations": round(float(np.mean(count)), 1)}
         found |= {"most_evaluations": int(np.max(count))}
         return found | _mixtures.errors(truth, np.asarray(x).reshape(*shape, gmm.dim))

@@ -9,17 +9,24 @@ of the probability flow, from the same noise), metrics.json, config.json and sco
 """
 
 import dataclasses
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
 
 import diffrax
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
+from jax.tree_util import Partial
 from jaxtyping import Array
+from matplotlib.figure import Figure
 
 import sde_score as ss
-from experiments._run import check_numbers
+from experiments._run import Metrics, as_dict, check_numbers, cli, results_folder, write_json
+from sde_score import plots
 
 Name = Literal[
     "euler_maruyama",
@@ -42,8 +49,8 @@ Name = Literal[
 ]
 ALL: tuple[Name, ...] = get_args(Name)
 EXTENT = (-2.2, 2.2, -2.2, 2.2)
-FRAMES = (1.0, 0.7, 0.5, 0.35, 0.2, 0.0)  # of the way from t0 to t1, in the film
-MODES = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#333333")
+FRAMES = (1.0, 0.5, 0.3, 0.2, 0.1, 0.0)  # of the way from t0 to t1, in the film
+MODES = ("#E69F00", "#56B4E9", "#009E73", "#999999", "#0072B2", "#D55E00", "#CC79A7", "#333333")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,8 +199,8 @@ def _draw(key: ss.Key, config: Config, sampler: Name, score_fn: Partial) -> tupl
     draw, evaluations = make_samplers(config)[sampler]
     one = lambda score_fn, key: draw(key, score_fn, config.sde, (2,))
     many = jax.jit(jax.vmap(one, (None, 0)))
-    keys = jax.random.split(key, config.num_samples)
-    jax.block_until_ready(many(score_fn, keys))
+    keys = jax.random.split(jax.random.clone(key), config.num_samples)  # the same for all
+    jax.block_until_ready(many(score_fn, jax.random.clone(keys)))
     start = time.perf_counter()
     found = jax.block_until_ready(many(score_fn, keys))
     seconds = time.perf_counter() - start
@@ -229,7 +236,8 @@ def _film(key: ss.Key, config: Config, score_fn: Partial) -> Figure:
         strict=True,
     ):
         one = lambda s, key, solve=solve: solve(key, s, sde, (2,), saveat=saveat).trajectory
-        paths = np.asarray(jax.jit(jax.vmap(one, (None, 0)))(score_fn, keys))
+        paths = jax.jit(jax.vmap(one, (None, 0)))(score_fn, jax.random.clone(keys))
+        paths = np.asarray(paths)
         last = paths[:, -1]
         mode = np.round(np.arctan2(last[:, 1], last[:, 0]) / (np.pi / 4)).astype(int) % 8
         for ax, t, points in zip(row, saveat, paths.swapaxes(0, 1), strict=True):

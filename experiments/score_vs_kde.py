@@ -6,11 +6,17 @@ The protocol of a published table: 10,000 training points, 1,000 unseen ones, 50
 Rademacher projection, the mean Euclidean distance to the true score −x. Published, at d = 2, 10,
 20, 40: sliced score matching 0.12, 0.69, 1.23, 2.02; kernel density 0.26, 2.72, 3.89, 5.42.
 
-The limit is the normal fitted by maximum likelihood to the same points. The network, the same for
-all d and objectives, knows no normal: three swish layers and a linear skip. What it took:
-decoupled weight decay on the layers alone, so that they bend the skip only where the data insist,
-and a cosine schedule, which averages the projections' noise away.
+The limit is the normal fitted by maximum likelihood to the same points. Nothing else knows of
+normals: one network, three swish layers and a linear skip, with the same settings for every d and
+objective. What it took is a linear skip, a cosine schedule (it averages the projections' noise
+away), and decoupled weight decay on the layers, so that they bend the skip only where the data
+insist. A decay of 10 alone would reach the limit here by making the network linear, and would be
+useless elsewhere: on `ss.data.eight_gaussians` it gives 7.0, no decay 1.0, the zero predictor 7.1.
+So each run trains with decays 0, 1 and 10 on nine tenths of its points, and takes the strongest
+whose implicit objective on the last tenth is within a standard error of the least (the paired
+one-standard-error rule): it needs no truth, takes 10 or 1 here and 0 on the eight Gaussians.
 
+The exact trace of the implicit objective costs d Jacobian products a point, so it has fewer seeds.
 Writes figure.png, metrics.json and config.json; ± is one standard error over seeds.
 """
 
@@ -45,24 +51,31 @@ class Config:
     num_train: int = 10_000
     num_test: int = 1_000
     epochs: int = 50
-    batch_size: int = 128
-    width: int = 128
-    learning_rate: float = 2e-3
-    weight_decay: float = 10.0
+    batch_size: int = 256
+    width: int = 64
+    learning_rate: float = 5e-3
+    weight_decays: tuple[float, ...] = (0.0, 1.0, 10.0)  # increasing
+    implicit_seeds: int = 2
     stein_points: int = 2_000  # of the training points: the estimator factors their matrix
     seed: int = 0
     out: Path = Path("runs/score_vs_kde")
 
     def __post_init__(self) -> None:
-        check_numbers(self, may_be_zero=("seed", "weight_decay"))
-        if self.num_seeds < 2 or self.batch_size > self.num_train or not self.dims:
+        check_numbers(self, may_be_zero=("seed",))
+        if not (
+            2 <= self.implicit_seeds <= self.num_seeds and self.dims and self.num_train >= 100
+        ):
             raise ValueError(
-                "`num_seeds` must be at least 2, `batch_size` at most `num_train`, `dims` must "
-                f"hold a number; got {self.num_seeds}, {self.batch_size}, {self.dims}."
+                "`implicit_seeds` must lie in 2 … `num_seeds`, `dims` hold a number, `num_train` "
+                f"be at least 100; got {self.implicit_seeds}, {self.dims}, {self.num_train}."
             )
+        if sorted(set(self.weight_decays)) != list(self.weight_decays) or not self.weight_decays:
+            raise ValueError(f"`weight_decays` must increase; got {self.weight_decays}.")
 
 
-QUICK = Config(dims=(2, 10), num_seeds=2, num_train=2_000, epochs=20, stein_points=500)
+QUICK = Config(
+    dims=(2, 10), num_seeds=2, num_train=2_000, epochs=20, batch_size=128, stein_points=500
+)
 
 
 class SkipMLP(nn.Module):
@@ -115,19 +128,17 @@ def _row(key: ss.Key, config: Config, dim: int) -> dict[str, Array]:
     for name, estimate in closed_forms.items():
         run = jax.jit(lambda x, unseen, estimate=estimate: _error(estimate(x), unseen))
         row[name] = jnp.stack([run(*pair) for pair in zip(x, unseen, strict=True)])
-    sigma = ss.propose_sigma(x[0])
     objectives = {
-        # at the cost of 2 Jacobian products a point: the exact trace takes d
-        "implicit": (_implicit, min(1.0, 2.0 / dim)),
-        "sliced": (_sliced, 1.0),
-        "dsm": (partial(_denoising, sigma=sigma), 1.0),
+        "implicit": (_implicit, config.implicit_seeds),
+        "sliced": (_sliced, config.num_seeds),
+        "dsm": (partial(_denoising, sigma=ss.propose_sigma(x[0])), config.num_seeds),
     }
     net = SkipMLP(config.width)
     keys = jax.random.split(fit_key, len(objectives))
-    for key, (name, (objective, share)) in zip(keys, objectives.items(), strict=True):
-        params = _train(key, config, net, objective, x, share)
+    for key, (name, (objective, num)) in zip(keys, objectives.items(), strict=True):
+        params = _train(key, config, net, objective, x[:num])
         error = jax.jit(jax.vmap(lambda params, x: _error(Partial(net.apply, params), x)))
-        row[name] = error(params, unseen)
+        row[name] = error(params, unseen[:num])
     return row
 
 
@@ -156,32 +167,45 @@ def _error(score_fn: Callable, x: Array) -> Array:
     )
 
 
-def _train(
-    key: ss.Key, config: Config, net: SkipMLP, objective: Callable, x: Array, share: float
-) -> ss.Params:
-    """One network for each seed, all in one scan, for `share` of the epochs."""
-    init_key, batch_key, loss_key = jax.random.split(key, 3)
-    num_steps = max(1, round(share * config.epochs * config.num_train / config.batch_size))
+def _train(key: ss.Key, config: Config, net: SkipMLP, objective: Callable, x: Array) -> ss.Params:
+    """One network for each seed: of those with each weight decay, the one that `_select` takes."""
+    held = config.num_train // 10
+    num_steps = max(1, config.epochs * (config.num_train - held) // config.batch_size)
     schedule = optax.cosine_decay_schedule(config.learning_rate, num_steps)
-    optimizer = optax.adamw(schedule, weight_decay=config.weight_decay, mask=_decayed)
 
     def loss(params: ss.Params, key: ss.Key, batch: Array) -> Array:
-        score_fn = Partial(net.apply, params)
         keys = jax.random.split(key, len(batch))
+        score_fn = Partial(net.apply, params)
         return jnp.mean(jax.vmap(lambda key, x: objective(key, score_fn, x))(keys, batch))
 
-    step = ss.make_train_step(loss, optimizer, ema_decay=0.999)
+    def fit(decay: Array, key: ss.Key, x: Array) -> ss.Params:
+        init_key, batch_key, loss_key = jax.random.split(key, 3)
+        batches = ss.data.batches(batch_key, x, min(config.batch_size, len(x)))
+        optimizer = optax.adamw(schedule, weight_decay=decay, mask=_decayed)
+        step = ss.make_train_step(loss, optimizer)
+        advance = lambda state, i: (step(state, jax.random.fold_in(loss_key, i), batches(i))[0], 0)
+        state = ss.init_train_state(net.init(init_key, x[0]), optimizer)
+        return jax.lax.scan(advance, state, jnp.arange(num_steps))[0].params
 
     @jax.jit
     @jax.vmap
-    def fit(init_key: ss.Key, batch_key: ss.Key, loss_key: ss.Key, x: Array) -> ss.Params:
-        batches = ss.data.batches(batch_key, x, config.batch_size)
-        state = ss.init_train_state(net.init(init_key, x[0]), optimizer)
-        advance = lambda state, i: (step(state, jax.random.fold_in(loss_key, i), batches(i))[0], 0)
-        return jax.lax.scan(advance, state, jnp.arange(num_steps))[0].params
+    def fit_all(key: ss.Key, x: Array) -> ss.Params:
+        decays = jnp.array(config.weight_decays)
+        params = jax.vmap(lambda decay: fit(decay, key, x[held:]))(decays)
+        held_out = lambda params: jax.lax.map(
+            partial(ss.implicit_score_matching, Partial(net.apply, params)), x[:held]
+        )
+        best = _select(jax.vmap(held_out)(params))
+        return jax.tree.map(lambda leaf: leaf[best], params)
 
-    keys = (jax.random.split(key, config.num_seeds) for key in (init_key, batch_key, loss_key))
-    return fit(*keys, x)
+    return fit_all(jax.random.split(key, len(x)), x)
+
+
+def _select(losses: Array) -> Array:
+    """The last of k models, of `losses` [k, m], within a standard error of the least mean."""
+    excess = losses - losses[jnp.argmin(losses.mean(1))][None]
+    within = excess.mean(1) <= excess.std(1, ddof=1) / excess.shape[1] ** 0.5
+    return jnp.max(jnp.where(within, jnp.arange(len(losses)), 0))
 
 
 def _decayed(params: ss.Params) -> ss.Params:

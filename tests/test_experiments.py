@@ -15,7 +15,8 @@ import pytest
 from nbclient import NotebookClient
 
 import sde_score as ss
-from experiments import digits, objectives_2d, pitfalls, score_vs_kde, toy_2d
+from benchmarks import _mixtures, bench_samplers
+from experiments import digits, objectives_2d, pitfalls, samplers, score_vs_kde, toy_2d
 from experiments._run import results_folder
 
 ROOT = Path(__file__).parents[1]
@@ -122,6 +123,54 @@ def test_pitfalls_agree_with_their_closed_forms(tmp_path):
     assert metrics["ssm_error_rare"] > 2 * metrics["ssm_error_data"]
 
 
+def test_samplers_beside_the_oracle(tmp_path):
+    """By the exact score its samples are eight Gaussians', within 5 standard errors."""
+    small = {"width": 16, "num_steps": 50, "num_samples": 300, "samplers": ("adams", "dopri5")}
+    config = dataclasses.replace(samplers.QUICK, out=tmp_path, **small)
+    metrics = samplers.main(config)
+    assert json.loads((tmp_path / "metrics.json").read_text()) == pytest.approx(metrics)
+    files = {"model.png", "oracle.png", "film.png", "score.safetensors"}
+    assert {path.name for path in tmp_path.iterdir()} == files | {"metrics.json", "config.json"}
+    assert metrics["oracle_adams_evaluations"] == config.evaluations
+    assert metrics["oracle_dopri5_evaluations"] > config.evaluations
+    for name in small["samplers"]:
+        distance, stderr = (
+            metrics[f"oracle_{name}_energy_distance{part}"] for part in ("", "_stderr")
+        )
+        assert abs(distance) < 5 * stderr < metrics[f"model_{name}_energy_distance"]
+    again = dataclasses.replace(config, params=tmp_path / "score.safetensors")
+    params = samplers._train(jax.random.key(1), again)
+    chex.assert_trees_all_equal(params, ss.load_params(tmp_path / "score.safetensors")[0])
+
+
+def test_the_benchmark_of_samplers_measures_what_it_says(x64):
+    """Its loop is `sample_multistep`, its energy distance the library's, its floor reached."""
+    gmm, sde = _mixtures.load_mixture("mixture_2d"), bench_samplers.SDES["vp"]
+    score_fn, shape = ss.exact_score(gmm, sde), (3, 2)
+    draw = bench_samplers.SAMPLERS["adams"].draw
+    x = jax.random.normal(jax.random.key(0), shape)
+    got, evaluations = draw(jax.random.key(1), score_fn, sde, ss.log_snr_grid, 6, x)
+    options = {"method": ss.adams(3), "ts": ss.log_snr_grid(sde, 6), "finish": None}
+    one = lambda x: ss.sample_multistep(jax.random.key(2), score_fn, sde, (2,), init=x, **options)
+    assert evaluations == 6
+    np.testing.assert_allclose(got, jax.vmap(one)(x), rtol=1e-10)  # rounding: it is compiled
+    x, y = (_mixtures.exact_draws(key, gmm, (200,)) for key in jax.random.split(jax.random.key(3)))
+    angles = np.pi * np.arange(64) / 64  # half a circle is enough; evenly is nearly exact
+    along = [
+        _mixtures.project(np.stack([np.cos(angles), np.sin(angles)], 1), z) for z in (1.3 * x, y)
+    ]
+    expected = ss.metrics.energy_distance(1.3 * x, y).value
+    np.testing.assert_allclose(_mixtures.energy_distance(*along, 2), expected, rtol=1e-3)
+    problem = bench_samplers.QUICK[0]._replace(samplers=("adams",))
+    lines = list(bench_samplers.solve(problem))
+    assert [line["name"] for line in lines[:: len(lines) - 1]] == [
+        "sampler_floor",
+        "sampler_to_floor",
+    ]
+    assert lines[-1]["reached"] and lines[-1]["sw2"] <= lines[0]["sw2_worst"]
+    assert len(bench_samplers.figure(lines).axes) == 1
+
+
 def test_levels_and_model_values_invert_each_other():
     images = ss.data.digits().test.images
     x = digits.to_model(jax.random.key(0), images)
@@ -224,8 +273,13 @@ def test_the_table_of_score_errors(tmp_path):
         np.testing.assert_allclose(column["zero"], mean_norm, rtol=0.2)
         assert column["limit"] < column["sliced"] < column["zero"]
         assert column["limit"] < column["kde"] < column["zero"]
-    with pytest.raises(ValueError, match="`num_seeds` must be at least 2"):
-        dataclasses.replace(config, num_seeds=1)
+    with pytest.raises(ValueError, match="`implicit_seeds` must lie in 2"):
+        dataclasses.replace(config, implicit_seeds=1)
+    with pytest.raises(ValueError, match="`weight_decays` must increase"):
+        dataclasses.replace(config, weight_decays=(1.0, 0.0))
+    # the second is best; the third, within a standard error of it, decays more; the last is off
+    losses = np.array([[9.0, 9.5], [0.0, 1.0], [0.5, 0.6], [2.0, 3.0]])
+    assert score_vs_kde._select(losses) == 2
 
 
 @pytest.mark.slow
