@@ -14,7 +14,7 @@ test: $(VENV)/.installed
 	$(RUN) -m pytest -n 2
 
 test-slow: $(VENV)/.installed
-	$(RUN) -m pytest -n 2 -m slow
+	$(RUN) -m pytest -m slow -rP
 
 coverage: $(VENV)/.installed
 	$(RUN) -m pytest -n 2 --cov --cov-report term-missing:skip-covered --cov-fail-under 95
@@ -30,6 +30,7 @@ format: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(RUN) -m benchmarks.bench_overhead
+	$(RUN) -m benchmarks.bench_losses
 
 clean:
 	rm -rf .venv .venv-* runs .pytest_cache .ruff_cache

@@ -20,7 +20,7 @@ def line(
     metrics: Metrics, sigmas: Sigmas, direction: Array, field: Callable, losses: np.ndarray
 ) -> Figure:
     """`losses` [len(sigmas) + 1, num_steps]: those without noise are the last."""
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.9), layout="constrained")
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 4.9), layout="constrained")
     plots.score_field(field, extent=(-2.5, 2.5, -2.5, 2.5), ax=left)
     left.plot(*np.outer(direction, [-2.9, 2.9]), color=plots.ORANGE)
     left.set_title("data on a line; exact score with σ = 0.3")
@@ -72,14 +72,23 @@ def low_density(
 def weights(
     metrics: Metrics, draws: dict[str, Array], truth: float, extent: plots.Extent
 ) -> Figure:
-    size = (3.2 * len(draws) + 3, 3.4)
-    figure, axes = plt.subplots(1, len(draws) + 1, figsize=size, layout="constrained")
+    size = (3.0 * len(draws) + 4, 4.6)
+    ratios = [*(1 for _ in draws), 1.3]
+    figure, axes = plt.subplots(
+        1, len(draws) + 1, figsize=size, layout="constrained", width_ratios=ratios
+    )
     for ax, (name, x) in zip(axes, draws.items(), strict=False):
         plots.scatter_2d(x[:2_000], extent=extent, ax=ax).set_title(_words(name))
     ax, names = axes[-1], [name for name in draws if f"weight_{name}" in metrics]
     values, stderrs = ([metrics[f"weight_{n}{end}"] for n in names] for end in ("", "_stderr"))
     style = {"width": 0.5, "color": plots.BLUE, "capsize": 4}
-    ax.bar([_words(n) for n in names], values, yerr=stderrs, label="draws ± 1 s.e.", **style)
+    ax.bar(
+        [_words(n).replace(" ", "\n") for n in names],
+        values,
+        yerr=stderrs,
+        label="draws ± 1 s.e.",
+        **style,
+    )
     ax.axhline(truth, color=plots.ORANGE, label="truth")
     for i, (name, value) in enumerate(zip(names, values, strict=True)):
         ax.text(i, value + 0.03, f"z = {metrics[f'weight_{name}_z']:.1f}", ha="center")
@@ -88,7 +97,7 @@ def weights(
 
 
 def sigma(metrics: Metrics, sigmas: Sigmas) -> Figure:
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.9), layout="constrained")
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 4.9), layout="constrained")
     grid = np.geomspace(min(sigmas), max(sigmas))
     left.loglog(grid, 2 / grid**2, ":", color=plots.DARK, label="d/σ²")
     exact = 2 / grid**2 / (1 + grid**2)  # d/σ² − E‖exact score‖², as each mode's is d/(1 + σ²)

@@ -15,6 +15,7 @@ errors are over networks where some are trained, else over draws. Scores are per
 
 import dataclasses
 import itertools
+import math
 import time
 from collections.abc import Callable
 from functools import partial
@@ -65,7 +66,7 @@ class Config:
                 raise ValueError(f"`{name}` must be at least 2, for standard errors. Raise it.")
         for name in ("line_sigmas", "sigmas"):
             values = getattr(self, name)
-            if len(values) < 2 or not min(values) > 0:
+            if len(values) < 2 or not all(0 < value < math.inf for value in values):
                 raise ValueError(f"`{name}` must be two numbers or more above 0; got {values}.")
 
     @property
@@ -103,14 +104,15 @@ def main(config: Config) -> Metrics:
             "weights": _weights(next(keys), config),
             "sigma": _sigma(next(keys), config, _row(sliced, -1), denoising),
         }
-        metrics = {}
-        for name, (values, figure) in found.items():
-            metrics |= values
+        metrics = {key: value for values, _ in found.values() for key, value in values.items()}
+        captions = _captions(config, metrics)
+        for name, (_, figure) in found.items():
+            figure.supxlabel(captions[name], x=0.02, ha="left", fontsize=9, family="monospace")
             plots.save(figure, folder / f"{name}.png")
         metrics["total_seconds"] = time.perf_counter() - start
         ss.save_params(folder / "score.safetensors", _row(_row(sliced, -1), 0), as_dict(config))
         write_json(folder / "metrics.json", metrics)
-    print(_summary(config, metrics))
+    print("\n\n".join(captions.values()))
     return metrics
 
 
@@ -328,27 +330,41 @@ def _gradient_spread(
     return jnp.sum((gradients - gradients.mean(0, keepdims=True)) ** 2, axis=1)
 
 
-def _summary(config: Config, metrics: Metrics) -> str:
-    """The main numbers, with a sentence each."""
+def _captions(config: Config, metrics: Metrics) -> dict[str, str]:
+    """The main numbers of each figure, with a sentence each."""
     near, least, most = min(config.line_sigmas), min(config.sigmas), max(config.sigmas)
     best = min(config.sigmas, key=lambda sigma: metrics[f"dsm_error_{sigma:g}"])
-    rows = [
-        ("line_loss_0_early", "1. On a line, sliced score matching has no minimum: at first,"),
-        ("line_loss_0", "   and at last."),
-        (f"line_loss_{near:g}", f"   With noise, sigma = {near:g}, it nears its minimum,"),
-        (f"line_loss_exact_{near:g}", "   which is known."),
-        ("ssm_error_data", "2. A trained score has a small mean error for data,"),
-        ("ssm_error_rare", "   and a large one over the plane where less than 1 % of them lie."),
-        *((f"weight_{name}", f"3. A weight, in truth {WEIGHT}, by {name}") for name in SAMPLERS),
-        *((f"weight_{name}_z", f"   and its z-score, by {name}.") for name in SAMPLERS),
-        (f"dsm_error_{least:g}", f"4. Denoising errs by variance at sigma = {least:g},"),
-        (f"dsm_error_{best:g}", f"   least at sigma = {best:g},"),
-        (f"dsm_error_{most:g}", f"   and by bias at sigma = {most:g};"),
-        ("ssm_error", "   sliced score matching needs no sigma."),
-    ]
+    rows = {
+        "line": [
+            ("line_loss_0_early", "sliced score matching's loss on a line, early;"),
+            ("line_loss_0", "late: it has no minimum."),
+            (f"line_loss_{near:g}", f"With noise, sigma = {near:g}, it nears its minimum,"),
+            (f"line_loss_exact_{near:g}", "which is known."),
+        ],
+        "low_density": [
+            ("ssm_error_data", "mean error of a trained score on data;"),
+            ("ssm_error_rare", "over the plane where less than 1 % of the data lie."),
+        ],
+        "weights": [
+            row
+            for name in SAMPLERS
+            for row in (
+                (f"weight_{name}", f"the weight by {name}, in truth {WEIGHT};"),
+                (f"weight_{name}_z", "its z-score."),
+            )
+        ],
+        "sigma": [
+            ("ssm_error", "error of sliced score matching, which needs no sigma."),
+            (f"dsm_error_{best:g}", f"Denoising at sigma = {best:g}, the best of them;"),
+            (f"dsm_error_{least:g}", f"at sigma = {least:g}, the least,"),
+            (f"dsm_error_{most:g}", f"and at sigma = {most:g}, the largest,"),
+            (f"dsm_bias_{most:g}", "of which the exact score with noise has this much."),
+        ],
+    }
     stderr = lambda name: metrics.get(f"{name}_stderr")
     show = lambda name: f"{metrics[name]:.4g}" + (f" ± {stderr(name):.2g}" if stderr(name) else "")
-    return "\n".join(f"{show(name):>22}  {sentence}" for name, sentence in rows)
+    line = lambda name, sentence: f"{show(name):>22}  {sentence}"
+    return {figure: "\n".join(line(*row) for row in lines) for figure, lines in rows.items()}
 
 
 if __name__ == "__main__":

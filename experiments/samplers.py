@@ -67,7 +67,7 @@ class Config:
     num_steps: int = 6_000
     batch_size: int = 512
     learning_rate: float = 2e-3
-    num_samples: int = 4_000
+    num_samples: int = 5_000
     seed: int = 0
     params: Path | None = None  # a score.safetensors to evaluate instead of training
     out: Path = Path("runs/samplers")
@@ -103,7 +103,7 @@ def main(config: Config) -> Metrics:
                 x, costs = _draw(draw_key, config, name, score_fn)
                 metrics |= {f"{score}_{name}_{key}": value for key, value in costs.items()}
                 metrics |= _distance(f"{score}_{name}", x, real)
-                panels[f"{name}: {costs['evaluations']:.0f}"] = x
+                panels[f"{name}\n{costs['evaluations']:.0f} evaluations"] = x
             plots.save(_gallery(panels), folder / f"{score}.png")
         plots.save(_film(film_key, config, scores["model"]), folder / "film.png")
         metrics["total_seconds"] = time.perf_counter() - start
@@ -212,7 +212,7 @@ def _draw(key: ss.Key, config: Config, sampler: Name, score_fn: Partial) -> tupl
 def _gallery(panels: dict[str, Array]) -> Figure:
     columns = min(6, len(panels))
     rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(2.2 * columns, 2.4 * rows), layout="constrained")
+    figure = Figure(figsize=(2.2 * columns, 2.6 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for ax in axes:
         ax.set_axis_off()

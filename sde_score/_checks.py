@@ -103,6 +103,12 @@ def check_positive(name: str, value: Any, *, zero: bool = False) -> None:
         )
 
 
+def check_positive_number(name: str, value: Any) -> None:
+    """`value` is one number, finite and above 0 where it is concrete."""
+    check_shape(name, jnp.shape(value), (), "Give one number: jax.vmap over several.")
+    check_positive(name, value)
+
+
 def check_time(name: str, t: Any, sde: SDE) -> None:
     """`t` lies in [t0, t1], up to float32 rounding, where both are concrete."""
     if not is_concrete(t, sde.t0, sde.t1):
@@ -195,6 +201,18 @@ def check_sde(sde: Any) -> None:
             f"`sde` must be an SDE with t0, t1, alpha, sigma, drift and diffusion; got {sde!r}. "
             "Pass an instance such as VP()."
         )
+
+
+def apply(name: str, fn: Any, *args: Any) -> Any:
+    """fn(*args), where a wrong signature is the caller's mistake in the argument `name`."""
+    try:
+        return fn(*args)
+    except TypeError as error:
+        raise ArgumentError(
+            f"`{name}` cannot be called as it must: {error}. Pass the function itself, and what "
+            "makes one called: uniform_times, but lognormal_times(); noise_weight, but "
+            "min_snr_weight()."
+        ) from error
 
 
 def check_scalar(name: str, value: Any, source: str) -> Scalar:

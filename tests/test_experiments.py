@@ -9,9 +9,12 @@ from pathlib import Path
 
 import chex
 import jax
+import jax.numpy as jnp
 import nbformat
 import numpy as np
+import optax
 import pytest
+from jax.tree_util import Partial
 from nbclient import NotebookClient
 
 import sde_score as ss
@@ -125,7 +128,7 @@ def test_pitfalls_agree_with_their_closed_forms(tmp_path):
 
 def test_samplers_beside_the_oracle(tmp_path):
     """By the exact score its samples are eight Gaussians', within 5 standard errors."""
-    small = {"width": 16, "num_steps": 50, "num_samples": 300, "samplers": ("adams", "dopri5")}
+    small = {"width": 16, "num_steps": 50, "num_samples": 800, "samplers": ("adams", "dopri5")}
     config = dataclasses.replace(samplers.QUICK, out=tmp_path, **small)
     metrics = samplers.main(config)
     assert json.loads((tmp_path / "metrics.json").read_text()) == pytest.approx(metrics)
@@ -296,3 +299,71 @@ def test_sliced_score_matching_alone_learns_two_moons(tmp_path):
         name = f"{sampler}_energy_distance"
         print(f"{name}: sliced {sliced[name]:.5f}, denoising {denoising[name]:.5f}")
         assert sliced[name] <= 1.5 * denoising[name] + sliced[f"{name}_stderr"]
+
+
+@pytest.mark.slow
+def test_the_weight_decay_of_the_table_is_the_datas_choice():
+    """The table's strongest decay would make the network linear, as a normal's score is: on eight
+    Gaussians the same rule takes none, and the error is a fraction of the zero predictor's.
+    """
+    config = dataclasses.replace(score_vs_kde.Config(), num_seeds=2)
+    density, net = ss.data.eight_gaussians, score_vs_kde.SkipMLP(config.width)
+    x = density(jax.random.key(0), 20_000).reshape(2, 10_000, 2)
+    unseen = density(jax.random.key(1), 1_000)
+    truth = jax.vmap(jax.grad(density.log_prob))(unseen)
+    distance = lambda score: float(np.mean(np.linalg.norm(score - truth, axis=1)))  # noqa: E731
+    zero = distance(np.zeros_like(truth))
+    for decays in (config.weight_decays, config.weight_decays[-1:]):
+        chosen = dataclasses.replace(config, weight_decays=decays)
+        params = score_vs_kde._train(jax.random.key(2), chosen, net, score_vs_kde._sliced, x)
+        scores = jax.vmap(lambda p: jax.vmap(lambda x: net.apply(p, x))(unseen))(params)
+        errors = [distance(np.asarray(score)) for score in scores]
+        print(f"weight decays {decays}: errors {errors}, zero predictor {zero:.3f}")
+        if len(decays) > 1:
+            assert max(errors) < 0.25 * zero
+        else:
+            assert min(errors) > 0.75 * zero
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["two_moons", "eight_gaussians", "normal"])
+def test_the_proposed_sigma_is_near_the_best(name):
+    """Networks trained at nine sigmas from a quarter to four times the proposal: the least Fisher
+    divergence to the data's own score lies within a factor of 2 of it.
+    """
+    normal = name == "normal"
+    density = lambda key, n: (  # noqa: E731
+        jax.random.normal(key, (n, 10)) if normal else getattr(ss.data, name)(key, n)
+    )
+    log_prob = (lambda x: -0.5 * x @ x) if normal else getattr(ss.data, name).log_prob
+    x, test = density(jax.random.key(0), 10_000), density(jax.random.key(1), 4_000)
+    truth = jax.vmap(jax.grad(log_prob))(test)
+    sigmas = float(ss.propose_sigma(x)) * 2.0 ** np.linspace(-2.0, 2.0, 9)
+    net, num_steps = score_vs_kde.SkipMLP(64), 4_000
+    optimizer = optax.adam(optax.cosine_decay_schedule(5e-3, num_steps))
+    batches = ss.data.batches(jax.random.key(2), x, 256)
+
+    @jax.jit
+    @jax.vmap
+    def error(sigma):
+        def loss(params, key, batch):
+            one = lambda key, x: (
+                sigma**2
+                * ss.single_sigma_score_matching(  # noqa: E731
+                    key, Partial(net.apply, params), x, sigma=sigma
+                )
+            )
+            return jnp.mean(jax.vmap(one)(jax.random.split(key, len(batch)), batch))
+
+        step = ss.make_train_step(loss, optimizer)
+        key = jax.random.key(3)
+        move = lambda state, i: (step(state, jax.random.fold_in(key, i), batches(i))[0], 0)  # noqa: E731
+        state = ss.init_train_state(net.init(jax.random.key(4), x[0]), optimizer)
+        params = jax.lax.scan(move, state, jnp.arange(num_steps))[0].params
+        scores = jax.vmap(lambda x: net.apply(params, x))(test)
+        return 0.5 * jnp.mean(jnp.sum((scores - truth) ** 2, axis=1))
+
+    errors = np.asarray(error(jnp.asarray(sigmas, jnp.float32)))
+    best = sigmas[errors.argmin()]
+    print(f"{name}: proposed {sigmas[4]:.4f}, best {best:.4f}; errors {np.round(errors, 3)}")
+    assert 0.5 <= best / sigmas[4] <= 2.0

@@ -393,6 +393,26 @@ BAD = {
         lambda: edm_loss(jax.random.key(0), lambda x, c: x[:1], VP(), BATCH, sigma_data=1.0),
         "`net_fn` must return the shape of `x`",
     ),
+    "sigmas": (
+        lambda: single_sigma_score_matching(jax.random.key(0), linear, X, sigma=np.ones(2)),
+        r"`sigma` must have shape \(\); got \(2,\). Give one number",
+    ),
+    "nan probes": (
+        lambda: sliced_score_matching(linear, X, np.full((1, 2), np.nan)),
+        "`probes` must be finite; 2 of its 2 values",
+    ),
+    "times that were not made": (
+        lambda: dsm_loss(jax.random.key(0), linear, VP(), BATCH, times=lognormal_times),
+        r"`times` cannot be called as it must: .*but lognormal_times\(\)",
+    ),
+    "a weight by name": (
+        lambda: dsm_loss(jax.random.key(0), linear, VP(), BATCH, weight="likelihood"),
+        "`weight` cannot be called as it must: 'str' object is not callable",
+    ),
+    "a score for the oracle": (
+        lambda: loss_floor(jax.random.key(0), VP(), linear),
+        "`oracle` must be a GaussianMixture.*got function",
+    ),
     "floor": (
         lambda: loss_floor(
             jax.random.key(0), VP(), GaussianMixture(*mixture(np.float32)), num_samples=0

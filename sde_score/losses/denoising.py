@@ -60,8 +60,8 @@ def dsm_loss(
     weight: Weight = noise_weight,
     times: Times = uniform_times,
 ) -> Scalar:
-    """Denoising score matching of a batch: the mean of `denoising_score_matching` over examples
-    and times.
+    """Denoising score matching of a batch: E weight(t) ½‖s(x_t, t) − ∇ log p(x_t | x_0)‖², the
+    mean of `denoising_score_matching` over examples and times (Song et al. 2021, eq. 7).
 
     `context`, any pytree whose leaves have the batch axis (labels, dropout keys), is mapped along
     with x0: the score is then called as score_fn(x, t, context_i). `weight(sde, t)` is any
@@ -90,7 +90,7 @@ def edm_loss(
 
     As λ c_out² = 1, it is computed as ‖F(c_in x_t, c_noise) − c_in (sigma/sd x_0 − alpha sd z)‖².
     """
-    _checks.check_positive("sigma_data", sigma_data)
+    _checks.check_positive_number("sigma_data", sigma_data)
 
     def objective(key: Key, net_fn: Callable, x0: Array, t: Scalar) -> Scalar:
         x_t, noise = perturb(key, sde, x0, t)
@@ -115,8 +115,8 @@ def esm_loss(
     weight: Weight = noise_weight,
     times: Times = uniform_times,
 ) -> Scalar:
-    """Explicit score matching of a batch at noised points, against the true score(x, t) of the
-    marginals, where it is known: `dsm_loss` less `loss_floor`.
+    """Explicit score matching of a batch at noised points, E weight(t) ½‖s − ∇ log p_t‖² against
+    the true score(x, t) where it is known: `dsm_loss` less `loss_floor` (Vincent 2011, sec. 4).
     """
 
     def objective(key: Key, score_fn: ScoreFn, x_t: Array, t: Scalar) -> Scalar:
@@ -135,8 +135,8 @@ def ism_loss(
     weight: Weight = noise_weight,
     times: Times = uniform_times,
 ) -> Scalar:
-    """Implicit score matching of a batch at noised points: `dsm_loss` less a constant, at d
-    Jacobian products.
+    """Implicit score matching of a batch at noised points, E weight(t) [tr(∂s/∂x) + ½‖s‖²]: the
+    expectation of `dsm_loss` less a constant, at d Jacobian products (Hyvärinen 2005, thm 1).
     """
 
     def objective(key: Key, score_fn: ScoreFn, x_t: Array, t: Scalar) -> Scalar:
@@ -158,8 +158,8 @@ def ssm_loss(
     variance_reduced: bool = True,
     probes: Probes = rademacher_probes,
 ) -> Scalar:
-    """Sliced score matching of a batch at noised points: `ism_loss` with its trace estimated by
-    projections.
+    """Sliced score matching of a batch at noised points, E weight(t) [vᵀ (∂s/∂x) v + ½‖s‖²]:
+    `ism_loss` with its trace estimated by projections (Song et al. 2019, sec. 3).
 
     `probes(key, num, shape)` draws them: `rademacher_probes`, `gaussian_probes` or
     `sphere_probes`.
@@ -187,8 +187,9 @@ def fdsm_loss(
     probes: Probes = rademacher_probes,
 ) -> Scalar:
     """Finite-difference sliced score matching of a batch at noised points: `ssm_loss` without
-    derivatives of the score. At time t the step is `step_size` · sigma(t), by default 0.005 sigma
-    in float32; a network that computes in half precision wants about 0.1.
+    derivatives of the score (Pang et al. 2020, arXiv 2007.03317). At time t the step is
+    `step_size` · sigma(t), by default 0.005 sigma in float32; a network that computes in half
+    precision wants about 0.1.
     """
     _check_projections(x0, num_projections, probes)
     _checks.check_positive("step_size", step_size)
@@ -209,7 +210,7 @@ def _check_projections(x0: Array, num_projections: int, probes: Probes) -> None:
 
 
 def _weigh(weight: Weight, sde: SDE, t: Scalar) -> Scalar:
-    return _checks.check_scalar("weight", weight(sde, t), "(sde, t)")
+    return _checks.check_scalar("weight", _checks.apply("weight", weight, sde, t), "(sde, t)")
 
 
 def _noised_loss(
@@ -257,7 +258,7 @@ def _batch_loss(
             "context", jnp.shape(leaf)[:1], x0.shape[:1], "Each leaf needs the batch axis of `x0`."
         )
     time_key, example_key = jax.random.split(key)
-    t, importance = times(time_key, sde, x0.shape[0])
+    t, importance = _checks.apply("times", times, time_key, sde, x0.shape[0])
 
     def one(key: Key, x0: Array, t: Scalar, context: Any) -> Scalar:
         conditioned = score_fn if context is None else lambda x, t: score_fn(x, t, context)

@@ -18,7 +18,9 @@ from sde_score.divergence import check_probes, divergence, jacobian_products
 def explicit_score_matching(
     score_fn: ScoreFn, true_score: ScoreFn, x: Float[Array, "*event"]
 ) -> Scalar:
-    """½‖s(x) − ∇log p(x)‖², the Fisher divergence's integrand, where the true score is known."""
+    """½‖s(x) − ∇log p(x)‖², the Fisher divergence's integrand, where the true score is known
+    (Hyvärinen 2005, eq. 2).
+    """
     _checks.check_data("x", x)
     x = _checks.at_least_float32(x)
     difference = _checks.call(score_fn, x) - _checks.call(true_score, x, name="true_score")
@@ -43,7 +45,9 @@ def sliced_score_matching(
     """The mean over probes v of vᵀ (∂s/∂x) v + ½‖s‖², or + ½ (vᵀ s)² if not variance-reduced (Song
     et al. 2019, sec. 3.2 and 3.3).
 
-    Both need E[v vᵀ] = I, as `rademacher_probes`, `gaussian_probes` and `sphere_probes` have.
+    Both need E[v vᵀ] = I, as `rademacher_probes`, `gaussian_probes` and `sphere_probes` have. Unit
+    vectors are refused where the probes' values are known; made inside jit or vmap they are not
+    seen.
     """
     _checks.check_data("x", x)
     x = _checks.at_least_float32(x)
@@ -70,7 +74,8 @@ def finite_difference_score_matching(
     the cube root of the dtype's precision (0.004 in float32), which suits an x of about unit size.
     """
     _checks.check_data("x", x)
-    _checks.check_positive("step_size", step_size)
+    if step_size is not None:
+        _checks.check_positive_number("step_size", step_size)
     x = _checks.at_least_float32(x)
     check_probes(probes, x)
     h = jnp.asarray(jnp.finfo(x.dtype).eps ** (1 / 3) if step_size is None else step_size, x.dtype)
@@ -93,7 +98,7 @@ def single_sigma_score_matching(
     """
     _checks.check_key(key)
     _checks.check_data("x", x)
-    _checks.check_positive("sigma", sigma)
+    _checks.check_positive_number("sigma", sigma)
     x = _checks.at_least_float32(x)
     noise = jax.random.normal(key, x.shape, x.dtype)
     residual = sigma * _checks.call(score_fn, x + sigma * noise) + noise

@@ -44,7 +44,7 @@ def min_snr_weight(gamma: Scalar = 5.0) -> Partial:
     As x̂_0 is off by sigma²/alpha times the score's error and SNR = alpha²/sigma², it is sigma²
     min(1, gamma/SNR) on a score's: the noise weight, less where hardly any noise is left.
     """
-    _checks.check_positive("gamma", gamma)
+    _checks.check_positive_number("gamma", gamma)
     return bind(_min_snr_weight, gamma)
 
 
@@ -62,7 +62,8 @@ def stratified_times(key: Key, sde: SDE, num: int) -> Draws:
 
 
 def antithetic_times(key: Key, sde: SDE, num: int) -> Draws:
-    """Uniform times in pairs t and t0 + t1 − t (an odd `num` leaves its last one alone).
+    """Uniform times in pairs t and t0 + t1 − t, antithetic variates (an odd `num` leaves its last
+    one alone).
 
     Less variance where the loss is monotone in t; `stratified_times` gains at least as much where
     it is smooth.

@@ -89,7 +89,7 @@ def curl(score_fn: ScoreFn, x: Event, probes: Float[Array, "k *event"] | None = 
     jvp and one vjp each. `probes` None takes the basis: exact, for small d. With k random probes,
     as `rademacher_probes` has, the mean is off by O(1/k); the range, 0 and 1 stay exact.
     """
-    _checks.check_floating("x", x)
+    _checks.check_data("x", x)
     x = jnp.asarray(x)
     if probes is None:
         probes = jnp.eye(x.size, dtype=x.dtype).reshape(x.size, *x.shape)
@@ -110,7 +110,7 @@ def log_density_ratio(score_fn: ScoreFn, x: Event, y: Event, *, num_points: int 
     (see `curl`) another path has another value.
     """
     for name, value in (("x", x), ("y", y)):
-        _checks.check_floating(name, value)
+        _checks.check_data(name, value)
     x, y = jnp.asarray(x), jnp.asarray(y)
     _checks.check_shape("y", y.shape, x.shape, "It is that of `x`, one example.")
     _checks.check_count("num_points", num_points)
