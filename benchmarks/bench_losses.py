@@ -142,7 +142,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="two dimensions, fewer repetitions")
     quick = parser.parse_args().quick
-    dimensions, repetitions = ((2, 16), 3) if quick else (DIMENSIONS, 11)
+    dimensions, repetitions = ((2, 16), 3) if quick else (DIMENSIONS, 7)
     for dim in dimensions:
         times = costs("score", score_network, dim, repetitions)
         costs("energy", energy_network, dim, repetitions)

@@ -279,6 +279,28 @@ def test_a_corrector_that_stays_leaves_the_predictor_as_it_is_bit_for_bit(name):
     np.testing.assert_array_equal(apply(combined, ss.VP())[0], alone)
 
 
+NOISELESS = {"ddim_eta(0)": ss.ddim_eta(0.0), "edm_stochastic(0)": ss.edm_stochastic(0.0)}
+
+
+@pytest.mark.parametrize("name", [*PREDICTORS, *NOISELESS])
+def test_gradients_are_finite(name):
+    """With respect to the state, the times and the SDE's numbers, also where no noise is added and
+    at t1, above which `edm_stochastic` adds none.
+    """
+    step = (PREDICTORS | NOISELESS)[name]
+
+    @jax.jit
+    @jax.grad
+    def gradient(inputs):
+        x, t, s, sde = inputs
+        return jnp.sum(step(jax.random.key(0), score, sde, x, t, s))
+
+    for t in (T, 1.0):
+        found = gradient((jnp.asarray(X, float), t, S, ss.VP()))
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found))
+        assert np.all(found[0] != 0)
+
+
 def test_the_corrector_moves_first_with_noise_of_its_own():
     add = lambda key, score_fn, sde, x, t, s: x + jax.random.normal(key, x.shape) + t  # noqa: E731
     double = lambda key, score_fn, sde, x, t, s: 2 * x + jax.random.normal(key, x.shape)  # noqa: E731
