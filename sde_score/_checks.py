@@ -158,8 +158,9 @@ def call(fn: Callable, x: jax.Array, *args: Any, name: str = "score_fn") -> jax.
         "wrap a batched network with `lambda x, t: net(x[None], t[None])[0]`, and jax.vmap over a "
         "batch."
         if args
-        else f"`{name}` takes one example, x of shape {x.shape}, and nothing else: wrap a batched "
-        "network with `lambda x: net(x[None])[0]`, one with time with `lambda x: net(x, t)`."
+        else f"`{name}` takes one example, x of shape {x.shape}, and over an SDE a time: "
+        "wrap a batched network with `lambda x, t: net(x[None], t[None])[0]`, and one with time, "
+        "where none is passed, with `lambda x: net(x, t)`."
     )
     try:
         out = fn(x, *args)

@@ -85,7 +85,7 @@ def check_directions(probes: Array, x: Array) -> None:
     fix = f"The leading axis counts the probes; got {jnp.shape(probes)} for x of shape {x.shape}."
     _checks.check_shape("probes", jnp.shape(probes)[1:], x.shape, fix)
     _checks.check_count("len(probes)", jnp.shape(probes)[0] if jnp.ndim(probes) else 0)
-    _checks.check_data("probes", probes)
+    _checks.check_data("probes", jnp.asarray(probes, x.dtype))
 
 
 def check_probes(probes: Array, x: Array) -> None:

@@ -191,12 +191,12 @@ def loss_floor(
     A model's `dsm_loss` less this floor is its `esm_loss`. The standard error takes the times for
     independent: of stratified ones it is too large, of antithetic ones it may be too small.
     """
+    _checks.check_key(key)
     if not isinstance(oracle, GaussianMixture):
         raise _checks.ArgumentError(
             f"`oracle` must be a GaussianMixture, whose exact score has the least loss; got "
             f"{type(oracle).__name__}."
         )
-    _checks.check_key(key)
     _checks.check_count("num_samples", num_samples, minimum=2)
     data_key, time_key, noise_key = jax.random.split(key, 3)
     t, importance = times(time_key, sde, num_samples)

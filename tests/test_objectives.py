@@ -341,7 +341,7 @@ BAD = {
     ),
     "score with time": (
         lambda: single_sigma_score_matching(jax.random.key(0), lambda x, t: -x, X, sigma=0.5),
-        r"and nothing else: wrap .* one with time with `lambda x: net\(x, t\)`",
+        r"one with time, where none is passed, with `lambda x: net\(x, t\)`",
     ),
     "unit law": (
         lambda: ssm_loss(jax.random.key(0), linear, VP(), BATCH, probes=unit_vectors),
