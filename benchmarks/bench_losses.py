@@ -22,6 +22,7 @@ from benchmarks._measure import measure, ratio, report
 DIMENSIONS, PROJECTIONS, BATCH = (2, 16, 64, 784), (1, 4, 16), 512
 SDE = ss.VP()
 LARGEST_EXACT = 64  # the exact trace takes d Jacobian products
+LARGEST_NOISY = 16  # and a hundred gradients of it
 
 
 def score_network(dim):
@@ -140,13 +141,13 @@ def gradient_noise(dim, times, num_keys=100):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="two dimensions, fewer repetitions")
-    quick = parser.parse_args().quick
-    dimensions, repetitions = ((2, 16), 3) if quick else (DIMENSIONS, 7)
-    for dim in dimensions:
-        times = costs("score", score_network, dim, repetitions)
-        costs("energy", energy_network, dim, repetitions)
-        if dim <= LARGEST_EXACT:
+    parser.add_argument("--dims", type=int, nargs="+", default=DIMENSIONS)
+    parser.add_argument("--repetitions", type=int, default=7)
+    options = parser.parse_args()
+    for dim in options.dims:
+        times = costs("score", score_network, dim, options.repetitions)
+        costs("energy", energy_network, dim, options.repetitions)
+        if dim <= LARGEST_NOISY:
             gradient_noise(dim, times)
 
 
