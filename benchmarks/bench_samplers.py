@@ -4,6 +4,7 @@ truth is known.
 Every sampler takes the same exact draws of p_t1 of a Gaussian mixture to t0, by the exact score,
 in float64: nothing but the sampler is at fault. t0 is 1e-3 (VP, sub-VP) or where sigma is 0.01
 (VE). There is no denoising at the end: here another step is worth more than that evaluation.
+What `fit_grid` spends once on a grid is not counted.
 
 The floor of an error (see `_mixtures`) is what exact draws make of it, on average and at worst
 over 20 repeats. A sampler has reached it where its `sw2` is at most the worst of these, with two
