@@ -103,10 +103,12 @@ def check_positive(name: str, value: Any, *, zero: bool = False) -> None:
         )
 
 
-def check_positive_number(name: str, value: Any) -> None:
-    """`value` is one number, finite and above 0 where it is concrete."""
+def check_positive_number(name: str, value: Any, *, zero: bool = False) -> None:
+    """`value` is one number, finite and above 0 (or at least 0) where it is concrete."""
+    if value is None or isinstance(value, str):
+        raise ArgumentError(f"`{name}` must be a number; got {value!r}.")
     check_shape(name, jnp.shape(value), (), "Give one number: jax.vmap over several.")
-    check_positive(name, value)
+    check_positive(name, value, zero=zero)
 
 
 def check_time(name: str, t: Any, sde: SDE) -> None:
@@ -143,7 +145,8 @@ def check_grid(ts: Any, sde: SDE) -> None:
             f"{jnp.shape(ts)}. "
             "Make one with uniform_grid(sde, num_steps)."
         )
-    if is_concrete(ts) and not np.all(np.asarray(ts)[1:] < np.asarray(ts)[:-1]):
+    # As jnp sees it: float64 times may coincide in float32.
+    if is_concrete(ts) and not np.all(np.diff(np.asarray(jnp.asarray(ts))) < 0):
         raise ArgumentError(
             f"`ts` must decrease, from t1 towards t0; got {describe(ts)}. Reverse or sort the "
             "grid."
@@ -201,6 +204,11 @@ def check_sde(sde: Any) -> None:
         raise ArgumentError(
             f"`sde` must be an SDE with t0, t1, alpha, sigma, drift and diffusion; got {sde!r}. "
             "Pass an instance such as VP()."
+        )
+    if jax.tree_util.all_leaves([sde]):
+        raise ArgumentError(
+            f"`sde` must be a pytree; got {sde!r}. Decorate its frozen dataclass with "
+            "sde_score.register_pytree."
         )
 
 

@@ -16,6 +16,12 @@ Progress: TypeAlias = Callable[[int, int, float], None]
 """`progress(done, total, seconds)`, after each chunk."""
 
 
+class ChunkError(RuntimeError):
+    """A chunk failed; `finished` holds the results of those before it, or None."""
+
+    finished: Any = None
+
+
 def print_progress(done: int, total: int, seconds: float) -> None:
     """One line on standard error for each chunk."""
     sys.stderr.write(f"{time.strftime('%H:%M:%S')} {done}/{total}  {seconds:.1f} s\n")
@@ -30,8 +36,10 @@ def map_in_chunks(
 
     With keys for `xs`, fn = lambda key, s: sample_ode(key, s, sde, shape) and args = (s,) it draws
     samples: sample i is a function of key i, so the noise is the same bit for bit whatever the
-    chunk, and the samples are up to the order of sums. Compiled once for each fn, as the last
-    chunk is filled up.
+    chunk, and the samples are up to the order of sums, which for adaptive steps means up to their
+    tolerance. Compiled once for each fn, as the last
+    chunk is filled up. Where a chunk fails, by a solve that exhausts its steps, say, the
+    `ChunkError` keeps the finished ones.
     """
     _checks.check_count("chunk_size", chunk_size)
     sizes = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(xs)}
@@ -45,11 +53,26 @@ def map_in_chunks(
     start, chunks = time.perf_counter(), []
     for first in range(0, total, chunk_size):
         rows = jnp.minimum(first + jnp.arange(min(chunk_size, total)), total - 1)
-        values = _run(fn, jax.tree.map(lambda leaf, rows=rows: leaf[rows], xs), args)
         done = min(first + chunk_size, total)
-        chunks.append(jax.tree.map(lambda leaf, n=done - first: np.asarray(leaf)[:n], values))
+        try:
+            values = _run(fn, jax.tree.map(lambda leaf, rows=rows: leaf[rows], xs), args)
+            values = jax.tree.map(lambda leaf, n=done - first: np.asarray(leaf)[:n], values)
+        except _checks.ArgumentError:
+            raise
+        except Exception as error:  # of the device, which JAX wraps in one or another
+            failure = ChunkError(
+                f"Examples {first} to {done - 1} of {total} failed: {error}\nThe results of the "
+                f"{first} before them are in this error's `finished`."
+            )
+            failure.finished = _join(chunks) if chunks else None
+            raise failure from error
+        chunks.append(values)
         if progress is not None:
             progress(done, total, time.perf_counter() - start)
+    return _join(chunks)
+
+
+def _join(chunks: list) -> Any:
     return jax.tree.map(lambda *parts: np.concatenate(parts), *chunks)
 
 

@@ -1,9 +1,10 @@
 """The room that talks to diffrax: ODEs, ODEs with a log-density alongside, and the reverse SDE.
 
-Vector fields are module-level functions whose parameters travel in `args`, so new parameters never
-recompile a solve. The reverse SDE is solved forwards in τ = −t: diffrax's stochastic Runge–Kutta
-family needs increasing time, and τ keeps the floating-point resolution of t near the data. Its
-noise is additive, so the Itô and the Stratonovich solutions agree.
+A vector field (x, t) -> dx/dt is a pytree that travels in diffrax's `args`: new parameters never
+recompile a solve, and every adjoint finds them. The reverse SDE is solved forwards in τ = −t:
+diffrax's stochastic Runge–Kutta family needs increasing time, and τ keeps the floating-point
+resolution of t near the data. Its noise is additive, so the Itô and the Stratonovich solutions
+agree.
 """
 
 from collections.abc import Callable
@@ -16,13 +17,13 @@ import jax.numpy as jnp
 import lineax
 from jaxtyping import Array, Float
 
-from sde_score import _solvers
+from sde_score import _checks, _solvers
 from sde_score._solvers import Control
-from sde_score._typing import SDE, Key, Scalar, ScoreFn, bind
+from sde_score._typing import SDE, Key, Scalar, ScoreFn, bind, travelling
 from sde_score.divergence import divergence, hutchinson_divergence
 from sde_score.sde import reverse_drift
 
-Field = Callable[[Scalar, Any, Any], Any]  # (t, x, args) -> dx/dt
+Field = Callable[[Any, Scalar], Any]  # (x, t) -> dx/dt
 
 
 class Solution(NamedTuple):
@@ -38,7 +39,6 @@ class Solution(NamedTuple):
 def solve_ode(
     field: Field,
     x: Any,
-    args: Any,
     start: Scalar,
     stop: Scalar,
     *,
@@ -47,21 +47,20 @@ def solve_ode(
     saveat: Array | None = None,
     adjoint: diffrax.AbstractAdjoint | None = None,
 ) -> Solution:
-    """Integrate dx/dt = field(t, x, args) from `start` to `stop`, in either direction."""
+    """Integrate dx/dt = field(x, t) from `start` to `stop`, in either direction."""
     _solvers.check_solves_odes(solver)
-    terms = diffrax.ODETerm(bind(_with_named_args, field))
+    terms, args = diffrax.ODETerm(_velocity), travelling(field)
     return _solve(terms, solver, x, args, start, stop, control, saveat, adjoint)
 
 
-def _with_named_args(field: Field, t: Scalar, x: Any, named_args: dict[str, Any]) -> Any:
-    (args,) = named_args.values()
-    return field(t, x, args)
+def _velocity(t: Scalar, x: Any, named_field: dict[str, Field]) -> Any:
+    (field,) = named_field.values()
+    return field(x, t)
 
 
 def solve_ode_with_log_density(
     field: Field,
     x: Float[Array, "*event"],
-    args: Any,
     probes: Array | None,
     start: Scalar,
     stop: Scalar,
@@ -74,26 +73,24 @@ def solve_ode_with_log_density(
     step sizes.
     """
     change = jnp.zeros(1 if probes is None else probes.shape[0], x.dtype)
-    augmented = bind(_with_divergence, field)
-    solution = solve_ode(augmented, (x, change), (args, probes), start, stop, **options)
+    augmented = bind(_with_divergence, bind(like_x, field), probes)
+    solution = solve_ode(augmented, (x, change), start, stop, **options)
     return solution._replace(x=solution.x[0]), solution.x[1]
 
 
+def like_x(field: Field, x: Float[Array, "*event"], t: Scalar) -> Float[Array, "*event"]:
+    """field(x, t), checked to be like x."""
+    return _checks.call(field, x, t, name="field")
+
+
 def _with_divergence(
-    field: Field, t: Scalar, state: tuple[Array, Array], args: Any
+    field: Field, probes: Array | None, state: tuple[Array, Array], t: Scalar
 ) -> tuple[Array, Array]:
-    (x, _), (args, probes) = state, args
+    x, _ = state
     if probes is None:
-        value, trace = divergence(lambda x: field(t, x, args), x)
+        value, trace = divergence(lambda x: field(x, t), x)
         return value, trace[None]
-    return hutchinson_divergence(lambda x: field(t, x, args), x, probes)
-
-
-def flow_field(
-    t: Scalar, x: Float[Array, "*event"], args: tuple[ScoreFn, SDE]
-) -> Float[Array, "*event"]:
-    """The probability-flow ODE's f − ½ g² s, with args = (score_fn, sde)."""
-    return reverse_drift(*args, x, t, churn=0.0)
+    return hutchinson_divergence(lambda x: field(x, t), x, probes)
 
 
 def solve_reverse_sde(
@@ -117,7 +114,7 @@ def solve_reverse_sde(
     the steps. No step is shorter than twice its tolerance, below which its increments are wrong.
     """
     _solvers.check_solves_the_reverse_sde(solver)
-    _solvers.check_brownian_tol(brownian_tol, control)
+    x = _solvers.check_brownian_tol(brownian_tol, control, x)
     if brownian_tol is None and control.ts is None:
         brownian_tol = 1e-5
     elif brownian_tol is None and control.ts is not None and adjoint is not None:
@@ -128,8 +125,8 @@ def solve_reverse_sde(
     else:
         path = diffrax.VirtualBrownianTree(-start, -stop, brownian_tol, shape, key, area)
     terms = diffrax.MultiTerm(
-        diffrax.ODETerm(bind(_with_named_args, _reverse_drift_in_tau)),
-        diffrax.ControlTerm(bind(_with_named_args, _reverse_diffusion_in_tau), path),
+        diffrax.ODETerm(_reverse_drift_in_tau),
+        diffrax.ControlTerm(_reverse_diffusion_in_tau, path),
     )
     control = control._replace(
         ts=_negated(control.ts), shortest=None if brownian_tol is None else 2.0 * brownian_tol
@@ -142,14 +139,16 @@ def _negated(times: Array | None) -> Array | None:
     return None if times is None else -times
 
 
-def _reverse_drift_in_tau(tau: Scalar, x: Array, args: tuple[ScoreFn, SDE]) -> Array:
-    return -reverse_drift(*args, x, -tau)
+def _reverse_drift_in_tau(tau: Scalar, x: Array, named_args: dict[str, Any]) -> Array:
+    ((score_fn, sde),) = named_args.values()
+    return -reverse_drift(score_fn, sde, x, -tau)
 
 
 def _reverse_diffusion_in_tau(
-    tau: Scalar, x: Array, args: tuple[ScoreFn, SDE]
+    tau: Scalar, x: Array, named_args: dict[str, Any]
 ) -> lineax.DiagonalLinearOperator:
-    return lineax.DiagonalLinearOperator(args[1].diffusion(-tau) * jnp.ones_like(x))
+    ((_, sde),) = named_args.values()
+    return lineax.DiagonalLinearOperator(sde.diffusion(-tau) * jnp.ones_like(x))
 
 
 def _solve(
@@ -164,9 +163,6 @@ def _solve(
     adjoint: diffrax.AbstractAdjoint | None,
 ) -> Solution:
     is_ode, dtype = isinstance(terms, diffrax.ODETerm), jax.tree.leaves(x)[0].dtype
-    subs = [diffrax.SubSaveAt(t1=True)]
-    if saveat is not None:
-        subs.append(diffrax.SubSaveAt(ts=saveat))
     # diffrax jits inside, where a Python number would be static: another beta, one more program.
     # And jaxlib takes two SDEs of a user's, registered as JAX's dataclasses with equally many
     # fields, for one structure (see `register_pytree`). The name tells them apart.
@@ -184,20 +180,29 @@ def _solve(
             None,
             x,
             named_args,
-            saveat=diffrax.SaveAt(subs=subs),
+            saveat=diffrax.SaveAt(ts=saveat, t1=True),  # not `subs`, for BacksolveAdjoint
             stepsize_controller=_solvers.controller(solver, control, is_ode, dtype),
-            adjoint=diffrax.ForwardMode() if adjoint is None else adjoint,
+            adjoint=_solvers.check_adjoint(adjoint, control),
             max_steps=control.max_steps if control.ts is None else control.ts.size - 1,
             throw=False,
         )
     assert out.ys is not None and out.stats is not None
-    last = jax.tree.map(lambda leaf: leaf[0], out.ys[0])
-    if control.ts is None:
-        last = eqx.error_if(
-            last,
-            out.result != diffrax.RESULTS.successful,
-            f"The solve did not reach its end within max_steps={control.max_steps}: raise "
-            "`max_steps`, loosen `rtol` and `atol`, or look for a score that is not finite.",
+    states, num_evals = out.ys, _solvers.evaluations(solver, out.stats["num_steps"])
+    if control.ts is None or isinstance(solver, diffrax.AbstractImplicitSolver):
+        # All results, lest jit drop the check with the one that is not used.
+        states, num_evals = eqx.error_if(
+            (states, num_evals), out.result != diffrax.RESULTS.successful, _incomplete(control)
         )
-    num_evals = _solvers.evaluations(solver, out.stats["num_steps"])
-    return Solution(last, None if saveat is None else out.ys[1], num_evals)
+    last = jax.tree.map(lambda leaf: leaf[-1], states)
+    trajectory = None if saveat is None else jax.tree.map(lambda leaf: leaf[:-1], states)
+    return Solution(last, trajectory, num_evals)
+
+
+def _incomplete(control: Control) -> str:
+    if control.ts is not None:
+        return "The solver's root finder did not converge on the grid: take shorter steps."
+    advice = "" if control.shortest is None else ", lower `brownian_tol`"
+    return (
+        f"The solve did not reach its end within max_steps={control.max_steps}: raise "
+        f"`max_steps`, loosen `rtol` and `atol`{advice}, or look for a score that is not finite."
+    )

@@ -1,60 +1,43 @@
-"""Log-likelihoods through the probability-flow ODE, with what is known of their error.
+"""Log-likelihoods of a score model through its probability-flow ODE, with what is known of their
+error, and the bound that its training minimises.
 
 log p_t0(x_0) = log p_t1(x(t1)) + ∫ div(f − ½ g² s) dt along the flow from t0 to t1 (Song et al.
-2021, eq. 39). Of its errors, `stderr` is the trace estimator's. The solver's falls with `rtol` and
-`atol`; the truncation (the value is log p_t0, not log p_0) with the SDE's t0; the prior's mismatch
-vanishes where `terminal_log_prob` is the true log p_t1.
+2021, arXiv 2011.13456, eq. 39).
 """
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import diffrax
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 from sde_score import _checks
-from sde_score._solvers import make_control
-from sde_score._typing import SDE, Key, Scalar, ScoreFn, travelling
-from sde_score.diffeq import flow_field, solve_ode_with_log_density
+from sde_score._typing import SDE, Key, Scalar, ScoreFn, bind
 from sde_score.divergence import rademacher_probes
-from sde_score.sde import prior_log_prob
-
-
-class Likelihood(NamedTuple):
-    """log p_t0(x_0) and the standard error of its trace estimate, in nats; x(t1); and evaluations
-    of score and trace.
-    """
-
-    log_prob: Array
-    stderr: Array
-    latent: Array
-    num_evals: Array
+from sde_score.flow import (
+    Likelihood,
+    carry,
+    draw_probes,
+    exact_flow_log_prob,
+    flow_log_prob,
+    log_prob_of,
+)
+from sde_score.losses.times import likelihood_times
+from sde_score.sampling.continuous import probability_flow_field
+from sde_score.sampling.grid import initial_state, split_key
+from sde_score.sde import log_snr, perturb, prior_log_prob
 
 
 def log_likelihood(
-    key: Key,
-    score_fn: ScoreFn,
-    sde: SDE,
-    x0: Float[Array, "*event"],
-    *,
-    num_probes: int = 1,
-    probes: Callable = rademacher_probes,
-    **options: Any,
+    key: Key, score_fn: ScoreFn, sde: SDE, x0: Float[Array, "*event"], **options: Any
 ) -> Likelihood:
-    """log p_t0(x_0) of one example, the trace estimated by `num_probes` probes that are drawn once
-    (Hutchinson).
-
-    The mean over probes has a Student t error with num_probes − 1 degrees of freedom and scale
-    `stderr`, which is nan for one probe. In few dimensions (d ≤ 8) take `gaussian_probes` or
-    `exact_log_likelihood`: signs take too few values there. Options as for `exact_log_likelihood`.
+    """log p_t0(x_0) of one example by Hutchinson's trace: `num_probes` and `probes` as for
+    `flow_log_prob`, the other options as for `exact_log_likelihood`.
     """
     _checks.check_key(key)
-    _checks.check_count("num_probes", num_probes)
-    _checks.check_data("x0", x0)
-    return _log_likelihood(score_fn, sde, x0, probes(key, num_probes, jnp.shape(x0)), **options)
+    field, options = _as_flow(score_fn, sde, x0, **options)
+    return flow_log_prob(key, field, x0, **options)
 
 
 def exact_log_likelihood(
@@ -63,97 +46,115 @@ def exact_log_likelihood(
     """log p_t0(x_0) of one example with the exact trace, at d Jacobian products an evaluation;
     `stderr` is 0.
 
-    Options: `terminal_log_prob(x)`, the log-density at t1 (the prior's by default), and as for
-    `probability_flow` `solver`, `ts`, `rtol`, `atol`, `max_steps`, `adjoint`.
+    Options: `terminal_log_prob(x)`, the log-density at t1 (the prior's by default); `ts`, a
+    decreasing grid from t1 to t0; and as for `integrate` `solver`, `rtol`, `atol`, `max_steps`,
+    `adjoint`.
     """
-    _checks.check_data("x0", x0)
-    return _log_likelihood(score_fn, sde, x0, None, **options)
+    field, options = _as_flow(score_fn, sde, x0, **options)
+    return exact_flow_log_prob(field, x0, **options)
 
 
-def _log_likelihood(
+def _as_flow(
     score_fn: ScoreFn,
     sde: SDE,
     x0: Array,
-    probes: Array | None,
     *,
     terminal_log_prob: Callable[[Array], Scalar] | None = None,
-    solver: diffrax.AbstractSolver | None = None,
-    ts: Float[Array, " n"] | None = None,
-    rtol: Scalar | None = None,
-    atol: Scalar | None = None,
-    max_steps: int = 4096,
-    adjoint: diffrax.AbstractAdjoint | None = None,
-) -> Likelihood:
+    ts: Array | None = None,
+    **options: Any,
+) -> tuple[Callable, dict[str, Any]]:
+    """The flow's field and options."""
     _checks.check_sde(sde)
-    x0 = _checks.at_least_float32(x0)
-    probes = None if probes is None else probes.astype(x0.dtype)
+    _checks.check_data("x0", x0)
+    start, stop = sde.t0, sde.t1
     if ts is not None:
         _checks.check_grid(ts, sde)
         fix = "The value is log p_t0: change the SDE's ends with dataclasses.replace."
         _checks.check_end("ts[0]", ts[0], "t1", sde.t1, fix)
         _checks.check_end("ts[-1]", ts[-1], "t0", sde.t0, fix)
-        ts = jnp.asarray(ts, x0.dtype)[::-1]
-    start, stop = (jnp.asarray(t, x0.dtype) for t in (sde.t0, sde.t1))
-    if ts is not None:
+        ts = jnp.asarray(ts, _checks.at_least_float32(x0).dtype)[::-1]
         start, stop = ts[0], ts[-1]
-    solution, changes = solve_ode_with_log_density(
-        flow_field,
-        x0,
-        (travelling(score_fn), sde),
-        probes,
-        start,
-        stop,
-        solver=solver or diffrax.Dopri5(),
-        control=make_control(ts, rtol, atol, max_steps),
-        adjoint=adjoint,
-    )
-    terminal = (
-        prior_log_prob(sde, solution.x)
-        if terminal_log_prob is None
-        else terminal_log_prob(solution.x)
-    )
-    terminal = _checks.check_scalar("terminal_log_prob", terminal, "one example")
-    stderr = jnp.zeros_like(changes[0]) if probes is None else _standard_error(changes)
-    return Likelihood(terminal + jnp.mean(changes), stderr, solution.x, solution.num_evals)
+    terminal = bind(prior_log_prob, sde) if terminal_log_prob is None else terminal_log_prob
+    options |= {"start": start, "stop": stop, "ts": ts, "terminal_log_prob": terminal}
+    return probability_flow_field(score_fn, sde), options
 
 
-def _standard_error(values: Float[Array, " k"]) -> Scalar:
-    if values.size < 2:
-        return jnp.full((), jnp.nan, values.dtype)
-    return jnp.std(values, ddof=1) / jnp.sqrt(values.size)
+class SampledLikelihood(NamedTuple):
+    """A sample, and its `Likelihood`, whose `latent` is where it started."""
+
+    x: Array
+    likelihood: Likelihood
 
 
-def bits_per_dim(log_prob: Scalar, num_dims: int, *, bin_width: float) -> Scalar:
-    """−log_prob/(D ln 2) − log2(bin_width): the code length of dequantised data, in bits for each
-    of its D numbers.
-
-    `bin_width` is the distance of neighbouring levels in the units of the model's data: 1/256 for
-    8-bit images in [0, 1] (an offset of 8 bits), 2/256 in [−1, 1] (7 bits).
+def sample_with_log_likelihood(
+    key: Key,
+    score_fn: ScoreFn,
+    sde: SDE,
+    shape: tuple[int, ...],
+    *,
+    num_probes: int = 1,
+    probes: Callable = rademacher_probes,
+    terminal_log_prob: Callable[[Array], Scalar] | None = None,
+    init: Float[Array, "*shape"] | None = None,
+    **options: Any,
+) -> SampledLikelihood:
+    """`sample_ode`'s sample for the key and, accumulated on its way, log p_t0 there: the cost of
+    one likelihood. Options as for `integrate`.
     """
-    _checks.check_count("num_dims", num_dims)
-    _checks.check_positive("bin_width", bin_width)
-    return -log_prob / (num_dims * jnp.log(2.0)) - jnp.log2(bin_width)
+    prior_key, probe_key = split_key(key)
+    latent = initial_state(prior_key, sde, shape, init, sde.t1)
+    drawn = draw_probes(probe_key, num_probes, probes, shape)
+    field = probability_flow_field(score_fn, sde)
+    solution, changes = carry(field, latent, drawn, sde.t1, sde.t0, **options)
+    terminal = bind(prior_log_prob, sde) if terminal_log_prob is None else terminal_log_prob
+    likelihood = log_prob_of(latent, -changes, solution.num_evals, terminal, exact=False)
+    return SampledLikelihood(solution.x, likelihood)
 
 
-def uniform_dequantize(key: Key, levels: Array, num_levels: int) -> Float[Array, "*shape"]:
-    """(levels + u)/num_levels in [0, 1) with u ~ U[0, 1), for integers 0 … num_levels − 1 (Theis
-    et al. 2016, sec. 3.1).
+class Bound(NamedTuple):
+    """A lower bound of a log-likelihood and its standard error over its draws, in nats."""
 
-    The mean log-density of the result bounds the log-probability of the integers from below.
+    log_prob: Array
+    stderr: Array
+
+
+def log_likelihood_bound(
+    key: Key,
+    score_fn: ScoreFn,
+    sde: SDE,
+    x0: Float[Array, "*event"],
+    *,
+    num_draws: int = 64,
+    terminal_log_prob: Callable[[Array], Scalar] | None = None,
+) -> Bound:
+    """E[log p_t1(x_t1)] − d log(sigma_t0/sigma_t1) − ½ ∫ g² E‖s(x_t, t) − ∇log p(x_t | x_0)‖² dt
+    of one example, by `num_draws` draws of t, uniform in log-SNR, and x_t.
+
+    Its mean over data bounds that of log p_t0(x_t0) from below for the *reverse SDE*'s p_t0, x_t0
+    being the data with t0's noise (Song et al. 2021, arXiv 2101.09258, thm 3); its negative is
+    the likelihood-weighted `dsm_loss` but for a constant. The probability flow's density is
+    another one: with the exact score both means are the negative entropy of p_t0, with a learned
+    score either may be larger, and single examples differ in any case. As E‖∇log p(x_t | x_0)‖²
+    = d/sigma² and div f = d dlog alpha/dt, the theorem's other integrals are the logarithm.
     """
+    _checks.check_sde(sde)
     _checks.check_key(key)
-    _checks.check_count("num_levels", num_levels, 2)
-    levels = jnp.asarray(levels)
-    if not jnp.issubdtype(levels.dtype, jnp.integer):
-        raise _checks.ArgumentError(
-            f"`levels` must be integers 0 … {num_levels - 1}; got {levels.dtype}. Undo the "
-            "scaling of the data first."
-        )
-    known = np.asarray(levels) if _checks.is_concrete(levels) else np.zeros(1)  # numpy widens 256
-    if np.any(known < 0) or np.any(known >= num_levels):
-        raise _checks.ArgumentError(
-            f"`levels` must lie in 0 … {num_levels - 1}; got {_checks.describe(levels)}. Raise "
-            "`num_levels`."
-        )
-    x = (levels + jax.random.uniform(key, levels.shape)) / num_levels
-    return jnp.minimum(x, 1.0 - jnp.finfo(x.dtype).epsneg)  # the sum may have rounded up
+    _checks.check_data("x0", x0)
+    _checks.check_count("num_draws", num_draws)
+    x0 = _checks.at_least_float32(x0)
+    terminal = bind(prior_log_prob, sde) if terminal_log_prob is None else terminal_log_prob
+    time_key, noise_key, end_key = jax.random.split(key, 3)
+    ends = jnp.asarray([sde.t0, sde.t1], x0.dtype)
+    y, log_sigma = log_snr(sde, ends), jnp.log(sde.sigma(ends))
+
+    def draw(key: Key, end_key: Key, t: Scalar) -> Scalar:
+        x_t, noise = perturb(key, sde, x0, t)
+        residual = sde.sigma(t) * _checks.call(score_fn, x_t, t) + noise
+        x_t1, _ = perturb(end_key, sde, x0, ends[1])
+        return terminal(x_t1) - 0.5 * (y[0] - y[1]) * jnp.sum(residual**2)
+
+    times, _ = likelihood_times(time_key, sde, num_draws)
+    noise_keys, end_keys = (jax.random.split(key, num_draws) for key in (noise_key, end_key))
+    draws = jax.vmap(draw)(noise_keys, end_keys, times.astype(x0.dtype))
+    value = jnp.mean(draws) - x0.size * (log_sigma[0] - log_sigma[1])
+    return Bound(value, jnp.std(draws, ddof=1) / jnp.sqrt(num_draws))

@@ -180,4 +180,4 @@ def _velocity_from_score(
     _checks.check_scalar_time(t, sde)
     alpha, sigma = sde.alpha(t), sde.sigma(t)
     score = _checks.call(score_fn, x, t, *context)
-    return -(sigma * x + sigma * (alpha**2 + sigma**2) * score) / alpha
+    return -(sigma / alpha) * (x + (alpha**2 + sigma**2) * score)

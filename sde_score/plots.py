@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 
 from sde_score import _checks
 from sde_score._typing import Scalar
+from sde_score.diagnostics import Diagnosis
 
 try:
     from matplotlib import pyplot
@@ -181,6 +182,40 @@ def loss_curve(
     if label is not None:
         ax.legend(frameon=False)
     return ax
+
+
+def diagnosis(diagnosis: Diagnosis, *, axes: np.ndarray | None = None) -> np.ndarray:
+    """Three panels over log-SNR: the largest |z| under its threshold, the gain ± 2 standard
+    errors, and the squares; suspect levels are shaded. Returns the three Axes.
+
+    Squares within 2 standard errors of 0 are left out.
+    """
+    figure = Figure(figsize=(4.0, 7.0), layout="constrained")
+    panels = figure.subplots(3, sharex=True) if axes is None else axes
+    fix = "Pass three, as of subplots(3) or a column of subplots(3, n)."
+    _checks.check_shape("axes", np.shape(panels), (3,), fix)
+    x, (top, middle, bottom) = np.asarray(diagnosis.log_snr), panels
+    top.plot(x, np.max(np.abs(diagnosis.z_scores), axis=1), "o-", color=BLUE, markersize=3)
+    top.axhline(float(diagnosis.threshold), color=DARK, linestyle="--", linewidth=0.8)
+    top.set(yscale="log", ylabel="largest |z|")
+    gain, stderr = (np.asarray(part) for part in diagnosis.gain)
+    middle.errorbar(x, gain, 2.0 * stderr, fmt="o-", color=BLUE, markersize=3)
+    middle.axhline(1.0, color=DARK, linestyle="--", linewidth=0.8)
+    middle.set(ylabel="gain")
+    lines = {"bound": ("lower bound", ORANGE, "o"), "fokker_planck": ("Fokker–Planck", BLUE, ":")}
+    if diagnosis.fisher is not None:
+        lines |= {"fisher": ("Fisher divergence", DARK, "-")}
+    for name, (label, color, style) in lines.items():
+        values, stderr = (np.asarray(part) for part in getattr(diagnosis, name))
+        shown = np.where(values > 2.0 * stderr, values, np.nan)
+        bottom.plot(x, shown, style, color=color, label=label, markersize=3)
+    bottom.set(yscale="log", ylabel="squared error", xlabel="log-SNR (noise on the left)")
+    bottom.legend(frameon=False, fontsize=8)
+    edges = np.concatenate([x[:1], 0.5 * (x[1:] + x[:-1]), x[-1:]])
+    for i in np.flatnonzero(diagnosis.suspect):
+        for ax in panels:
+            ax.axvspan(edges[i], edges[i + 1], color=ORANGE, alpha=0.15, linewidth=0)
+    return panels
 
 
 def save(figure: Figure, path: str | os.PathLike, *, dpi: int = 200) -> Path:

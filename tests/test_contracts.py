@@ -47,6 +47,11 @@ FUNCTIONS = {
     "score_from_denoiser": lambda key, s, sde, t: ss.score_from_denoiser(sde, s)(X, t),
     "score_from_velocity": lambda key, s, sde, t: ss.score_from_velocity(sde, s)(X, t),
     "precondition": lambda key, s, sde, t: ss.precondition(sde, s, sigma_data=t)(X, t),
+    "diagnose": lambda key, s, sde, t: ss.diagnose(
+        *(key, s, sde, jnp.tile(BATCH, (4, 1))),
+        **{"ts": jnp.stack([2 * t, t]), "num_waves": 1, "num_probes": 2},
+    ),
+    "fokker_planck_residual": lambda key, s, sde, t: ss.fokker_planck_residual(s, sde, X, t),
     "divergence": lambda key, s, sde, t: ss.divergence(lambda x: s(x, t), X),
     "dsm_loss": lambda key, s, sde, t: ss.dsm_loss(key, s, sde, BATCH),
     "ism_loss": lambda key, s, sde, t: ss.ism_loss(key, s, sde, BATCH),
@@ -147,8 +152,27 @@ FUNCTIONS = {
     "kernel_density_log_prob": lambda key, s, sde, t: ss.kernel_density_log_prob(BATCH, t)(X),
     "kernel_density_score": lambda key, s, sde, t: ss.kernel_density_score(BATCH, t)(X),
     "stein_score": lambda key, s, sde, t: ss.stein_score(BATCH, bandwidth=t, ridge=t)(X),
-    "bits_per_dim": lambda key, s, sde, t: ss.bits_per_dim(t, 2, bin_width=t),
-    "uniform_dequantize": lambda key, s, sde, t: ss.uniform_dequantize(key, jnp.arange(3), 3),
+    "integrate": lambda key, s, sde, t: ss.integrate(s, X, start=0.0, stop=t, rtol=1e-2),
+    "probability_flow_field": lambda key, s, sde, t: ss.probability_flow_field(s, sde)(X, t),
+    "spherical_interpolation": lambda key, s, sde, t: ss.spherical_interpolation(
+        X, t * X[::-1], t
+    ),
+    "flow_log_prob": lambda key, s, sde, t: ss.flow_log_prob(key, s, X, stop=t, rtol=1e-2),
+    "exact_flow_log_prob": lambda key, s, sde, t: ss.exact_flow_log_prob(s, X, stop=t, rtol=0.1),
+    "flow_loss": lambda key, s, sde, t: ss.flow_loss(key, s, BATCH, stop=t, rtol=0.1),
+    "sample_flow": lambda key, s, sde, t: ss.sample_flow(key, s, (2,), stop=t, rtol=0.1),
+    "sample_with_log_likelihood": lambda key, s, sde, t: ss.sample_with_log_likelihood(
+        key, s, sde, (2,), rtol=1e-2
+    ),
+    "log_likelihood_bound": lambda key, s, sde, t: ss.log_likelihood_bound(
+        key, s, sde, X, num_draws=3
+    ),
+    "bits_per_dim": lambda key, s, sde, t: ss.bits_per_dim(
+        -t, 2, num_levels=4, data_range=(0.0, 1.0)
+    ),
+    "uniform_dequantize": lambda key, s, sde, t: ss.uniform_dequantize(
+        key, jnp.arange(3), num_levels=3, data_range=(0.0, 1.0)
+    ),
 }
 ELSEWHERE = {  # traced once in tests of their own, or inside a function above
     *("scott_bandwidth", "silverman_bandwidth", "cross_validated_bandwidth", "propose_sigma"),
@@ -160,7 +184,8 @@ ELSEWHERE = {  # traced once in tests of their own, or inside a function above
     *("rademacher_probes", "gaussian_probes", "sphere_probes", "make_train_step"),
     *("lognormal_times", "grid_times", "min_snr_weight", "static_threshold", "dynamic_threshold"),
 }
-UNTRACED = {"map_in_chunks", "print_progress"}
+UNTRACED = {"map_in_chunks", "print_progress", "dataset_log_likelihood", "confidence_interval"}
+UNTRACED |= {"summarize_diagnosis"}
 UNTRACED |= {"fit", "init_train_state", "load_params", "save_params", "register_pytree"}
 
 
@@ -227,6 +252,10 @@ ARGUMENTS = {
     "num": 2,
     "levels": np.array([1, 2]),
     "num_levels": 3,
+    "data_range": (0.0, 1.0),
+    "data": BATCH,
+    "batch": BATCH,
+    "field": lambda x, t: -x,
     **{"method": None, "sampler": None},
     "step_size": 0.1,
     "num_steps": 1,

@@ -126,6 +126,23 @@ REFUSALS = {
         lambda: ss.sample_sde(KEY(), normal_score, SDE, (2,), brownian_tol=-1.0),
         "`brownian_tol` must be finite and above 0",
     ),
+    "steps halved for their error": (
+        lambda: ss.sample_ode(
+            KEY(), normal_score, SDE, (2,), solver=diffrax.HalfSolver(diffrax.Heun())
+        ),
+        "`solver` must not be a HalfSolver",
+    ),
+    "an implicit solver without tolerances": (
+        lambda: ss.sample_ode(
+            *(KEY(), normal_score, SDE, (2,)),
+            **{"solver": diffrax.Kvaerno3(), "ts": ss.uniform_grid(SDE, 4)},
+        ),
+        "`solver` must know its tolerances on a grid; Kvaerno3",
+    ),
+    "an SDE that is no pytree": (
+        lambda: ss.sample_ode(KEY(), normal_score, Unregistered(), (2,)),
+        "`sde` must be a pytree.*register_pytree",
+    ),
     "rtol of 0": (
         lambda: ss.sample_ode(KEY(), normal_score, SDE, (2,), rtol=0.0),
         "`rtol` must be finite and above 0; got 0.0",
@@ -144,11 +161,11 @@ REFUSALS = {
     ),
     "saveat outside": (
         lambda: ss.solve_ode(KEY(), normal_score, SDE, (2,), saveat=jnp.array([0.5, 0.01])),
-        "`saveat` must be an array of decreasing times",
+        "`saveat` must be an array of times in the solve.s order",
     ),
     "saveat increasing": (
         lambda: ss.solve_ode(KEY(), normal_score, SDE, (2,), saveat=jnp.array([0.5, 0.6])),
-        "`saveat` must be an array of decreasing times",
+        "`saveat` must be an array of times in the solve.s order",
     ),
     "a flow's grid the wrong way round": (
         lambda: ss.probability_flow(
@@ -178,6 +195,65 @@ def test_a_solve_that_runs_out_of_steps_says_so(jitted):
         jax.block_until_ready(jax.jit(jax.vmap(run))(keys) if jitted else run(keys[0]))
 
 
+@pytest.mark.parametrize("name", ["trajectory", "num_evals"])
+def test_no_part_of_an_unfinished_solution_is_returned(name):
+    """Under jit the check would be dropped with a result that is not used."""
+    saveat = jnp.array([0.5, SDE.t0])
+    run = jax.jit(
+        lambda key: getattr(
+            ss.solve_ode(key, normal_score, SDE, (2,), max_steps=3, saveat=saveat), name
+        )
+    )
+    with pytest.raises(RuntimeError, match="did not reach its end within max_steps=3: raise"):
+        jax.block_until_ready(run(KEY()))
+
+
+def test_a_root_finder_that_fails_on_a_grid_says_so():
+    """Its solve would end at an intermediate time."""
+    finder = diffrax.VeryChord(1e-6, 1e-6)
+    run = lambda score: ss.sample_ode(  # noqa: E731
+        *(KEY(), score, SDE, (2,)),
+        **{"ts": ss.uniform_grid(SDE, 5), "solver": diffrax.ImplicitEuler(root_finder=finder)},
+    )
+    assert np.isfinite(run(normal_score)).all()
+    with pytest.raises(RuntimeError, match="root finder did not converge on the grid"):
+        jax.block_until_ready(run(lambda x, t: 30.0 * jnp.sin(40.0 * x)))
+
+
+@pytest.mark.diffrax_keys  # a Brownian tree splits its keys again
+def test_the_brownian_tree_resolves_what_it_must_by_default():
+    """Half the shortest step of a grid; 1e-5 where steps adapt."""
+    ts = ss.log_snr_grid(SDE, 6)
+    finest = 0.5 * jnp.min(-jnp.diff(ts))
+    adjoint = {"adjoint": diffrax.RecursiveCheckpointAdjoint()}
+    for options, tol in (({"ts": ts} | adjoint, finest), ({"rtol": 1e-2}, 1e-5)):
+        default = ss.sample_sde(KEY(), normal_score, SDE, (2,), **options)
+        stated = ss.sample_sde(KEY(), normal_score, SDE, (2,), **options, brownian_tol=tol)
+        np.testing.assert_array_equal(default, stated)
+
+
+@pytest.mark.diffrax_keys  # a Brownian tree splits its keys again
+def test_a_brownian_tree_too_coarse_is_refused_in_a_program_too():
+    """An adaptive step that would be shorter than the tree resolves, and a grid under jit."""
+    options = {"rtol": 1e-2, "brownian_tol": 0.3}
+    with pytest.raises(RuntimeError, match="did not reach its end.*lower `brownian_tol`"):
+        jax.block_until_ready(ss.sample_sde(KEY(), stiff_score, SDE, (2,), **options))
+
+    @jax.jit
+    def run(sde, tol):
+        ts = ss.uniform_grid(sde, 5)
+        return ss.sample_sde(KEY(), normal_score, sde, (2,), ts=ts, brownian_tol=tol)
+
+    assert np.isfinite(run(SDE, 0.05)).all()
+    words = "`brownian_tol` must be at most half the shortest"
+    with pytest.raises((RuntimeError, ValueError), match=words):
+        jax.block_until_ready(run(SDE, 0.5))
+
+
+def stiff_score(x, t):
+    return -x / (0.001 + t)
+
+
 def test_two_sdes_of_equally_many_fields_never_share_a_program():
     """jaxlib 0.10.2 takes registered dataclasses with equally many fields for the same structure:
     diffrax's inner jit then ran VP's program for a VE (both have four).
@@ -192,6 +268,11 @@ def test_two_sdes_of_equally_many_fields_never_share_a_program():
         exact = ss.gaussian_flow(gaussian(), sde, x, sde.t1, sde.t0)
         # 64 steps of a fifth-order method: float32 rounding.
         np.testing.assert_allclose(moved, exact, rtol=1e-4, atol=1e-5)
+
+
+@dataclasses.dataclass(frozen=True)
+class Unregistered(ss.VP):
+    """Its parent's registration does not cover it."""
 
 
 @jax.tree_util.register_dataclass

@@ -19,7 +19,20 @@ from nbclient import NotebookClient
 
 import sde_score as ss
 from benchmarks import _mixtures, bench_samplers
-from experiments import digits, objectives_2d, pitfalls, samplers, score_vs_kde, toy_2d
+from experiments import (
+    diagnose,
+    digits,
+    ffjord_2d,
+    finetune_flow,
+    interpolate,
+    likelihood,
+    neural_ode,
+    objectives_2d,
+    pitfalls,
+    samplers,
+    score_vs_kde,
+    toy_2d,
+)
 from experiments._run import results_folder
 
 ROOT = Path(__file__).parents[1]
@@ -144,6 +157,110 @@ def test_samplers_beside_the_oracle(tmp_path):
     again = dataclasses.replace(config, params=tmp_path / "score.safetensors")
     params = samplers._train(jax.random.key(1), again)
     chex.assert_trees_all_equal(params, ss.load_params(tmp_path / "score.safetensors")[0])
+
+
+def test_the_doctor_finds_planted_faults(tmp_path):
+    """Each at its own levels and at no other; the exact score is cleared, a trained one is not."""
+    small = {"width": 16, "depth": 1, "short_steps": 10, "long_steps": 20, "num_levels": 10}
+    metrics = diagnose.main(dataclasses.replace(diagnose.QUICK, out=tmp_path, num_keys=1, **small))
+    assert json.loads((tmp_path / "metrics.json").read_text()) == pytest.approx(metrics)
+    files = {"figure.png", "metrics.json", "config.json"}
+    assert {path.name for path in tmp_path.iterdir()} == files
+    for name in ("exact", "factor", "floor", "band"):
+        assert metrics[f"{name}_found"] == metrics[f"{name}_faulty_levels"]
+        assert metrics[f"{name}_false_alarms"] == 0 and metrics[f"{name}_max_z_elsewhere"] < 3.5
+    assert metrics["exact_faulty_levels"] == 0 < metrics["band_faulty_levels"]
+    assert metrics["short_training_max_z"] > 10 and metrics["exact_keys_alarmed"] == 0
+    with pytest.raises(ValueError, match="`num_levels` must be at least 2"):
+        dataclasses.replace(diagnose.QUICK, num_levels=1)
+
+
+def test_ffjord_on_the_plane(tmp_path):
+    """Within 150 steps it is nearer to the density than the normal it starts from."""
+    small = {"width": 16, "depth": 1, "num_steps": 150, "solver_steps": 4, "num_train": 2_000}
+    small |= {"learning_rate": 2e-2, "num_test": 200, "num_samples": 200, "resolution": 30}
+    config = dataclasses.replace(ffjord_2d.QUICK, **small)
+    metrics = ffjord_2d.main(dataclasses.replace(config, out=tmp_path))
+    assert json.loads((tmp_path / "metrics.json").read_text()) == pytest.approx(metrics)
+    files = {"figure.png", "film.png", "field.safetensors", "metrics.json", "config.json"}
+    assert {path.name for path in tmp_path.iterdir()} == files
+    # The eight, far apart, are log 8 above one of them; the normal is 1.4 nats above the truth.
+    one = np.log(2 * np.pi * np.e * 0.175**2)
+    np.testing.assert_allclose(metrics["entropy"], one + np.log(8), atol=0.02)
+    assert metrics["nll_above_truth"] + 3 * metrics["nll_above_truth_stderr"] < 1.3
+    assert abs(metrics["integral"] - 1) < 0.05  # a coarse grid
+    assert min(metrics["num_evals"], metrics["sample_num_evals"]) > 10
+    again = dataclasses.replace(config, params=tmp_path / "field.safetensors")
+    params = ffjord_2d._train(jax.random.key(1), again, np.ones((512, 2), np.float32))
+    chex.assert_trees_all_equal(params, ss.load_params(tmp_path / "field.safetensors")[0])
+
+
+def test_finetuning_a_probability_flow(tmp_path):
+    """A score that is barely trained gains by likelihood, beyond 3 standard errors."""
+    small = {"width": 16, "depth": 1, "num_steps": 60, "finetune_steps": 60, "solver_steps": 6}
+    small |= {"num_train": 2_000, "batch_size": 128, "num_test": 200, "resolution": 30}
+    small |= {"finetune_learning_rate": 1e-2}
+    config = dataclasses.replace(finetune_flow.QUICK, out=tmp_path, **small)
+    metrics = finetune_flow.main(config)
+    assert json.loads((tmp_path / "metrics.json").read_text()) == pytest.approx(metrics)
+    files = {"figure.png", "loss.png", "score.safetensors", "metrics.json", "config.json"}
+    assert {path.name for path in tmp_path.iterdir()} == files
+    gain = metrics["finetune_nll_before"] - metrics["finetune_nll_after"]
+    assert metrics["finetune_gain"] == pytest.approx(gain, abs=1e-4)
+    assert metrics["finetune_gain"] > 3 * metrics["finetune_gain_stderr"]
+    for name in ("score_integral", "finetune_integral"):
+        assert abs(metrics[name] - 1) < 0.05  # a coarse grid
+
+
+def test_a_neural_ode_by_three_adjoints(tmp_path):
+    """It learns digits, and the adjoint ODE's gradient is off by the solver's tolerance."""
+    config = dataclasses.replace(neural_ode.QUICK, out=tmp_path, width=16, num_steps=40)
+    metrics = neural_ode.main(config)
+    assert json.loads((tmp_path / "metrics.json").read_text()) == pytest.approx(metrics)
+    files = {"loss.png", "params.safetensors", "metrics.json", "config.json"}
+    assert {path.name for path in tmp_path.iterdir()} == files
+    assert metrics["test_accuracy"] > 0.7 and metrics["num_evals"] > 6
+    assert metrics["direct_error"] < 1e-4 and 0 < metrics["backsolve_error"] < 0.05
+    assert all(metrics[f"{name}_ms"] > 0 for name in neural_ode.ADJOINTS)
+
+
+def test_likelihoods_to_trust(tmp_path):
+    """The budget, and one density met twice: while sampling, and of the finished sample."""
+    small = {"digits_steps": 60, "num_test": 12, "num_draws": 4, "num_samples": 8}
+    small |= {"num_steps": 60, "num_held_out": 30, "width": 16}
+    config = dataclasses.replace(likelihood.QUICK, out=tmp_path, **small)
+    metrics = likelihood.main(config)
+    assert json.loads((tmp_path / "metrics.json").read_text()) == pytest.approx(metrics)
+    files = {"figure.png", "score.safetensors", "metrics.json", "config.json"}
+    assert {path.name for path in tmp_path.iterdir()} == files
+    assert metrics["interval_low"] < metrics["bits_per_dim"] < metrics["interval_high"]
+    # probes and dequantisation are shares of the standard error; the digits' own variance the rest
+    shares = np.hypot(metrics["probes_term"], metrics["dequantization_term"])
+    assert 0 < metrics["probes_term"] and shares < metrics["bits_per_dim_stderr"]
+    assert metrics["prior_term"] < 1e-4 and 0 < metrics["tolerance_term"] < 0.01
+    assert metrics["bound_bits_per_dim_stderr"] > 0 and metrics["truncation_term"] > 0
+    # 5 standard errors of the probes, and the solver's tolerance
+    assert abs(metrics["sampled_difference"]) < 5 * metrics["sampled_difference_stderr"] + 1e-3
+    assert metrics["table_above_kde"] == pytest.approx(
+        metrics["table_model_nats"] - metrics["table_kde_nats"], abs=1e-4
+    )
+    assert metrics["table_gmm_nats"] > metrics["table_kde_nats"]  # the table is nearly linear
+    with pytest.raises(ValueError, match="`num_passes`.* must be at least 2"):
+        dataclasses.replace(config, num_passes=1)
+
+
+def test_codes_of_digits(tmp_path):
+    """They decode to the digits, whatever the network, and the line leaves their sphere."""
+    config = dataclasses.replace(interpolate.QUICK, num_steps=60, num_test=20, out=tmp_path)
+    metrics = interpolate.main(config)
+    assert json.loads((tmp_path / "metrics.json").read_text()) == pytest.approx(metrics)
+    files = {"figure.png", "score.safetensors", "metrics.json", "config.json"}
+    assert {path.name for path in tmp_path.iterdir()} == files
+    assert metrics["round_trip_rms"] < metrics["round_trip_max"] < 0.02  # tolerance 1e-5
+    assert metrics["latent_correlation"] > 0.9 > metrics["latent_correlation_of_others"] + 0.3
+    assert metrics["line_mean_square"] < 0.8 * metrics["arc_mean_square"]
+    with pytest.raises(ValueError, match="`num_test` must lie in 2 num_pairs"):
+        dataclasses.replace(config, num_test=4)
 
 
 def test_the_benchmark_of_samplers_measures_what_it_says(x64):

@@ -70,9 +70,9 @@ def grid(sde, num_steps, uneven):
     return np.asarray(ts.at[0].set(sde.t1).at[-1].set(sde.t0))
 
 
-def padded(ts):
+def padded(ts, longest=STEPS[-1]):
     """Grids of all lengths in one shape: one compilation for every number of steps."""
-    return np.pad(ts, (0, STEPS[-1] + 1 - len(ts)), mode="edge"), len(ts) - 1
+    return np.pad(ts, (0, longest + 1 - len(ts)), mode="edge"), len(ts) - 1
 
 
 @jax.jit
@@ -167,18 +167,21 @@ def test_every_method_integrates_its_polynomials_exactly(sde, x64):
 @pytest.mark.parametrize("uneven", [False, True], ids=["even", "uneven"])
 @pytest.mark.parametrize("sde", SDES.values(), ids=SDES)
 def test_orders_of_the_deterministic_methods(sde, uneven, x64):
-    """The probability flow of one Gaussian is known in closed form."""
+    """The probability flow of one Gaussian is known in closed form. Methods of order 1 and 2 take
+    twice as many steps: `adams(1)` meets its order from above, slowly.
+    """
     gmm = gaussian()
     exact = jax.vmap(lambda x: ss.gaussian_flow(gmm, sde, x, sde.t1, sde.t0))(X)
-    grids = [grid(sde, int(n), uneven) for n in STEPS]
     measured = {}
-    for name, (method, _) in METHODS.items():
-        ends = [walk(method, ss.exact_score(gmm, sde), sde, X, *padded(ts)) for ts in grids]
+    for name, (method, expected) in METHODS.items():
+        steps = STEPS * (2 if expected <= 2 else 1)
+        grids = [padded(grid(sde, int(n), uneven), 2 * STEPS[-1]) for n in steps]
+        ends = [walk(method, ss.exact_score(gmm, sde), sde, X, *ts) for ts in grids]
         measured[name] = order([np.sqrt(np.mean((x - exact) ** 2)) for x in ends])
     print({name: round(float(value), 2) for name, value in measured.items()})
     for name, (_, expected) in METHODS.items():
         assert measured[name] > expected - 0.2, (name, measured[name])
-    assert abs(measured["dpm_solver_pp(2)"] - 2.0) < 0.1
+        assert expected > 2 or abs(measured[name] - expected) < 0.1, (name, measured[name])
 
 
 @jax.jit

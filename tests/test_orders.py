@@ -113,7 +113,8 @@ def test_euler_maruyama_is_of_strong_order_one(x64):
     assert abs(value - 1.0) < 0.15
 
 
-def paths(solver, num_steps, count=1_000):
+@functools.cache
+def paths(solver, num_steps, count=500):
     """x_t0 along `count` Brownian paths, the same for every number of steps: a tolerance below
     half the shortest of all steps gives every solve one tree.
 
@@ -135,17 +136,40 @@ def paths(solver, num_steps, count=1_000):
 
 
 @pytest.mark.diffrax_keys  # a Brownian tree splits its keys again
-def test_shark_is_of_strong_order_three_halves(x64):
+@pytest.mark.parametrize("solver", [diffrax.ShARK(), diffrax.SRA1()], ids=["ShARK", "SRA1"])
+def test_stochastic_runge_kutta_is_of_strong_order_three_halves(solver, x64):
     """Against ShARK's 256 steps on the same paths, whose own error is some 10 times below that of
     64 steps.
     """
     steps = np.array([4, 8, 16, 32, 64])
     reference = paths(diffrax.ShARK(), 256)
-    solutions = (paths(diffrax.ShARK(), int(n)) for n in steps)
-    errors = np.array([root_mean_square(x - reference) for x in solutions])
+    errors = np.array([root_mean_square(paths(solver, int(n)) - reference) for n in steps])
     value = order(steps, errors)
-    print("ShARK, strong:", value, errors)
+    print(f"{type(solver).__name__}, strong:", value, errors)
     assert value >= 1.35
+
+
+ODE_SOLVERS = {"Heun": 2, "Tsit5": 5, "Dopri5": 5}
+
+
+@pytest.mark.parametrize("name", ODE_SOLVERS)
+def test_orders_of_diffrax_solvers_on_the_probability_flow(name, x64):
+    """On equal steps in log-SNR, as few as keep order 5 above rounding."""
+    expected, gmm = ODE_SOLVERS[name], gaussian()
+    steps = np.array([32, 45, 64, 91, 128])
+    x = jnp.array([[1.3, -0.9], [-0.4, 0.8], [0.2, 1.7]])
+    exact = jax.vmap(lambda x: ss.gaussian_flow(gmm, SDE, x, SDE.t1, SDE.t0))(x)
+    run = lambda x, ts: ss.sample_ode(
+        *(jax.random.key(0), ss.exact_score(gmm, SDE), SDE, (2,)),
+        **{"ts": ts, "init": x, "solver": getattr(diffrax, name)()},
+    )
+    solve = jax.jit(jax.vmap(run, in_axes=(0, None)))
+    solutions = [solve(x, ss.log_snr_grid(SDE, int(n))) for n in steps]
+    errors = np.array([root_mean_square(y - exact) for y in solutions])
+    value = order(steps, errors)
+    print(f"{name}:", value, errors)
+    assert value > expected - (0.1 if expected < 3 else 0.2)
+    assert expected > 2 or value < expected + 0.1
 
 
 @pytest.mark.parametrize(("step", "expected"), [(ss.ddim, 1), (ss.heun, 2)])

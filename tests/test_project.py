@@ -19,10 +19,10 @@ PACKAGE = ROOT / "sde_score"
 # Each module imports only from rows above its own, or from one listed earlier in its row.
 ROWS = [
     ["_xla", "_typing", "_checks"],
-    ["chunks", "sde", "divergence", "metrics", "data", "nets"],
+    ["chunks", "quantization", "sde", "divergence", "metrics", "data", "nets"],
     ["parameterization", "_solvers", "diffeq", "losses", "baselines", "gaussian_mixture"],
     ["sampling"],
-    ["likelihood", "training"],
+    ["flow", "likelihood", "evaluation", "diagnostics", "training"],
     ["__init__"],
     ["plots"],
 ]

@@ -61,6 +61,14 @@ def solver(solver, num_steps):
     return draw
 
 
+def multistep(method, num_steps):
+    def draw(key, score_fn, sde, init=None):
+        options = {"ts": ss.log_snr_grid(sde, num_steps), "init": init, "finish": None}
+        return ss.sample_multistep(key, score_fn, sde, (2,), method=method, **options)
+
+    return draw
+
+
 def flow(key, score_fn, sde, init=None):
     return ss.sample_ode(key, score_fn, sde, (2,), init=init, rtol=1e-4, atol=1e-4)
 
@@ -79,6 +87,19 @@ def samplers(first_order, second_order, ancestral):
 
 
 SAMPLERS, SHORT = samplers(250, 40, 400), samplers(8, 4, 8)
+OTHERS = {  # of the same families
+    "reverse_diffusion": stepper(ss.reverse_diffusion, 400),
+    "ancestral_beta": stepper(ss.ancestral_beta, 400),
+    "ddim_eta": stepper(ss.ddim_eta(0.5), 400),
+    "edm_stochastic": stepper(ss.edm_stochastic(0.05), 40),
+    "predictor_corrector": stepper(
+        ss.predictor_corrector(ss.euler_maruyama, ss.langevin(0.05)), 250
+    ),
+    "dpm_solver_pp": multistep(ss.dpm_solver_pp(), 40),
+    "unipc": multistep(ss.unipc(), 40),
+    "adams": multistep(ss.adams(), 40),
+    "sde_dpm_solver_pp": multistep(ss.sde_dpm_solver_pp(), 60),
+}
 
 
 def oracle():
@@ -112,7 +133,9 @@ def starts(sde_name, count):
     return jax.jit(jax.vmap(ss.marginal(oracle(), sde, sde.t1).sample))(keys)
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize(
+    "sampler", [*SAMPLERS, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)]
+)
 @pytest.mark.parametrize("name", SDES)
 def test_moments_of_every_sampler_under_every_sde(name, sampler):
     """Weights, means and covariances of p_t0 within 5 standard errors.
@@ -123,7 +146,7 @@ def test_moments_of_every_sampler_under_every_sde(name, sampler):
     by their ratio.
     """
     sde, gmm, count = SDES[name], oracle(), 20_000
-    draw = jax.jit(jax.vmap(SAMPLERS[sampler], in_axes=(0, None, None, 0)))
+    draw = jax.jit(jax.vmap((SAMPLERS | OTHERS)[sampler], in_axes=(0, None, None, 0)))
     keys = jax.random.split(jax.random.key(5), count)
     x = draw(keys, ss.exact_score(gmm, sde), sde, starts(name, count))
     final = ss.marginal(gmm, sde, sde.t0)
@@ -198,6 +221,7 @@ def test_grids_are_refused_by_name():
         ss.karras_grid(sde, 3, rho=0.0)
     for ts, words in (
         (ss.uniform_grid(sde, 4)[::-1], "must decrease"),
+        (np.array([1.0, 1.0 - 1e-9, 0.5]), "must decrease"),  # equal in float32
         (jnp.array([1.5, 0.5]), "must lie in .t0, t1."),
         (jnp.array([0.5]), "at least two times"),
     ):

@@ -6,17 +6,22 @@ grid; without one the steps adapt to `rtol` and `atol`. `saveat` is an array of 
 which to keep the state (between steps it is interpolated).
 """
 
+from typing import Any
+
 import diffrax
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
 from sde_score import _checks, diffeq
 from sde_score._solvers import make_control
-from sde_score._typing import SDE, Key, Scalar, ScoreFn, travelling
-from sde_score.diffeq import Solution, flow_field
+from sde_score._typing import SDE, Key, Scalar, ScoreFn, bind, travelling
+from sde_score.diffeq import Field, Solution
 from sde_score.parameterization import denoise
 from sde_score.sampling.grid import Finish, initial_state, split_key, uniform_grid
+from sde_score.sde import reverse_drift
 
 
 def solve_sde(
@@ -41,8 +46,10 @@ def solve_sde(
 
     Fixed steps along `ts` (500 uniform ones by default); adaptive ones if `rtol` or `atol` is
     given (ShARK then is the default solver). `finish` as for `sample`. To differentiate through
-    the solve, pass an `adjoint`; with that, adaptive steps or a `brownian_tol` the noise is one
-    Brownian path for the key, resolved to `brownian_tol`.
+    the solve, pass an `adjoint` such as diffrax.RecursiveCheckpointAdjoint(); with that, adaptive
+    steps or a `brownian_tol` the noise is one Brownian path for the key, resolved to
+    `brownian_tol` (half the shortest step of a grid; 1e-5 where steps adapt, of which none is
+    shorter than twice that).
     """
     prior_key, noise_key = split_key(key)
     adaptive = ts is None and not (rtol is None and atol is None)
@@ -91,9 +98,8 @@ def solve_ode(
     prior_key, _ = split_key(key)
     start, stop, ts, x = _prepare(prior_key, sde, shape, ts, init)
     solution = diffeq.solve_ode(
-        flow_field,
+        probability_flow_field(score_fn, sde),
         x,
-        (travelling(score_fn), sde),
         start,
         stop,
         solver=solver or diffrax.Dopri5(),
@@ -125,44 +131,104 @@ def probability_flow(
     *,
     start: Scalar,
     stop: Scalar,
+    **options: Any,
+) -> Float[Array, "*event"]:
+    """x moved along the probability-flow ODE from time `start` to `stop`: t0 → t1 encodes, t1 → t0
+    decodes. Options as for `integrate`, which with `probability_flow_field(score_fn, sde)` keeps
+    the trajectory too.
+    """
+    _checks.check_sde(sde)
+    for name, t in (("start", start), ("stop", stop)):
+        _checks.check_time(name, t, sde)
+    field = probability_flow_field(score_fn, sde)
+    return integrate(field, x, start=start, stop=stop, **options).x
+
+
+def probability_flow_field(score_fn: ScoreFn, sde: SDE) -> Partial:
+    """The vector field (x, t) -> f − ½ g² s of the probability-flow ODE (Song et al. 2021, eq.
+    13).
+    """
+    return bind(_flow_velocity, score_fn, sde)
+
+
+def _flow_velocity(score_fn: ScoreFn, sde: SDE, x: Array, t: Scalar) -> Array:
+    return reverse_drift(score_fn, sde, x, t, churn=0.0)
+
+
+def spherical_interpolation(
+    x: Float[Array, "*event"], y: Float[Array, "*event"], weight: Scalar
+) -> Float[Array, "*event"]:
+    """(sin((1 − w) ω) x + sin(w ω) y)/sin ω, ω the angle between x and y: the arc from x at w = 0
+    to y at w = 1 (Shoemake 1985).
+
+    Latent codes lie near a sphere, which the straight line leaves: between two of N(0, I) the arc
+    has their law at every w, the line half the variance at ½.
+    """
+    for name, value in (("x", x), ("y", y)):
+        _checks.check_data(name, value)
+    _checks.check_shape("y", jnp.shape(y), jnp.shape(x), "Both are codes of one example.")
+    x, y = _checks.at_least_float32(x), _checks.at_least_float32(y)
+    unit_x, unit_y = x / jnp.linalg.norm(x), y / jnp.linalg.norm(y)
+    # Not arccos of the cosine, which has no digits for small angles.
+    omega = 2.0 * jnp.arctan2(jnp.linalg.norm(unit_x - unit_y), jnp.linalg.norm(unit_x + unit_y))
+    arc = lambda w: w * jnp.sinc(w * omega / jnp.pi) / jnp.sinc(omega / jnp.pi)  # noqa: E731
+    return arc(1.0 - weight) * x + arc(weight) * y
+
+
+def integrate(
+    field: Field,
+    x: Float[Array, "*event"],
+    *,
+    start: Scalar,
+    stop: Scalar,
     solver: diffrax.AbstractSolver | None = None,
     ts: Float[Array, " n"] | None = None,
     rtol: Scalar | None = None,
     atol: Scalar | None = None,
     max_steps: int = 4096,
+    saveat: Float[Array, " m"] | None = None,
     adjoint: diffrax.AbstractAdjoint | None = None,
-) -> Float[Array, "*event"]:
-    """x moved along the probability-flow ODE from time `start` to `stop`: t0 → t1 encodes, t1 → t0
-    decodes. A grid `ts` runs from `start` to `stop` too; without one the steps adapt to `rtol` and
-    `atol`, 1e-5 by default.
+) -> Solution:
+    """x moved along dx/dt = field(x, t) from time `start` to `stop`, either of which may be the
+    larger, Dormand–Prince by default: a neural ODE where the field is a network (Chen et al.
+    2018).
+
+    A grid `ts` and the times of `saveat` run from `start` to `stop` too; without a grid the steps
+    adapt to `rtol` and `atol`, 1e-5 by default. To differentiate with respect to what `field`
+    holds, a pytree such as Partial(net.apply, params), pass an `adjoint`:
+    diffrax.RecursiveCheckpointAdjoint() (exact gradients of the discrete solve),
+    BacksolveAdjoint() (the adjoint ODE, constant memory, gradients up to the tolerance) or
+    DirectAdjoint().
     """
     _checks.check_data("x", x)
-    _checks.check_sde(sde)
-    for name, t in (("start", start), ("stop", stop)):
-        _checks.check_time(name, t, sde)
     x = _checks.at_least_float32(x)
     start, stop = jnp.asarray(start, x.dtype), jnp.asarray(stop, x.dtype)
     return diffeq.solve_ode(
-        flow_field,
+        bind(diffeq.like_x, field),
         x,
-        (travelling(score_fn), sde),
         start,
         stop,
         solver=solver or diffrax.Dopri5(),
-        control=make_control(_check_ends(ts, start, stop), rtol, atol, max_steps),
+        control=make_control(check_ends(ts, start, stop), rtol, atol, max_steps),
+        saveat=_check_saveat(saveat, start, stop),
         adjoint=adjoint,
-    ).x
+    )
 
 
-def _check_ends(ts: Array | None, start: Array, stop: Array) -> Array | None:
+def check_ends(ts: Array | None, start: Array, stop: Array) -> Array | None:
+    """`ts` as an array, a grid from `start` to `stop`, which differ."""
+    if _checks.is_concrete(start, stop) and np.asarray(start) == np.asarray(stop):
+        raise _checks.ArgumentError(
+            f"`stop` must differ from `start`; got {start} for both. Nothing flows in no time."
+        )
     if ts is None:
         return None
-    ts = jnp.asarray(ts, start.dtype)
-    wrong = _checks.is_concrete(ts, start, stop) and not (
-        ts.size >= 2
-        and bool((ts[0] == start) & (ts[-1] == stop))
-        and bool(jnp.all(jnp.sign(jnp.diff(ts)) == jnp.sign(stop - start)))
-    )
+    ts, wrong = jnp.asarray(ts, start.dtype), False
+    if _checks.is_concrete(ts, start, stop):
+        # numpy, as jnp makes a tracer even of constants that a traced function closes over
+        times, first, last = (np.asarray(array) for array in (ts, start, stop))
+        ends = times.size >= 2 and times[0] == first and times[-1] == last
+        wrong = not (ends and np.all(np.sign(np.diff(times)) == np.sign(last - first)))
     if ts.ndim != 1 or wrong:
         raise _checks.ArgumentError(
             f"`ts` must be a grid that runs from start={start} to stop={stop}; got "
@@ -186,14 +252,16 @@ def _prepare(
 def _check_saveat(saveat: Array | None, start: Array, stop: Array) -> Array | None:
     if saveat is None:
         return None
-    saveat = jnp.asarray(saveat, start.dtype)
-    wrong = _checks.is_concrete(saveat, start, stop) and not bool(
-        jnp.all(jnp.diff(saveat) < 0) & jnp.all((saveat <= start) & (saveat >= stop))
-    )
+    saveat, wrong = jnp.asarray(saveat, start.dtype), False
+    if _checks.is_concrete(saveat, start, stop):
+        times, first, last = (np.asarray(array) for array in (saveat, start, stop))
+        sign = np.sign(last - first)
+        inside = (sign * times >= sign * first) & (sign * times <= sign * last)
+        wrong = not (np.all(np.diff(sign * times) > 0) and np.all(inside))
     if saveat.ndim != 1 or saveat.size == 0 or wrong:
         raise _checks.ArgumentError(
-            f"`saveat` must be an array of decreasing times from {start} at most to {stop} at "
-            f"least, the solve's ends; got {_checks.describe(saveat)}. Sort or clip it."
+            f"`saveat` must be an array of times in the solve's order, from {start} to {stop} at "
+            f"the farthest; got {_checks.describe(saveat)}. Sort or clip it."
         )
     return saveat
 

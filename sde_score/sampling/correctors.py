@@ -53,7 +53,7 @@ def batch_langevin(snr: Scalar, *, num_steps: int = 1) -> Partial:
 
 def _repeated(snr: Scalar, num_steps: int) -> Array:
     """[num_steps], whose shape keeps the count static in a pytree."""
-    _checks.check_positive("snr", snr)
+    _checks.check_positive_number("snr", snr)
     _checks.check_count("num_steps", num_steps)
     return jnp.full(num_steps, snr)
 

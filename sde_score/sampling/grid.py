@@ -100,7 +100,9 @@ def sample_multistep(
     def advance(carry: tuple, inputs: tuple[Array, Array, Array]) -> tuple[tuple, None]:
         (x, state), (index, t, s) = carry, inputs
         noise = jax.random.fold_in(noise_key, index)
-        return method.step(noise, score_fn, sde, x, t, s, state), None
+        new = method.step(noise, score_fn, sde, x, t, s, state)
+        # An SDE of float64 numbers would widen a state of float32.
+        return jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), new, (x, state)), None
 
     inputs = jnp.arange(ts.size - 1), ts[:-1], ts[1:]
     (x, _), _ = jax.lax.scan(advance, (x, method.init(x)), inputs)

@@ -19,7 +19,7 @@ Event = Float[Array, "*event"]
 def langevin_sample(
     key: Key, score_fn: ScoreFn, x: Float[Array, "*event"], *, step_size: Scalar, num_steps: int
 ) -> Float[Array, "*event"]:
-    """`num_steps` of x ← x + (ε/2) s(x) + √ε z with ε = `step_size` (Welling & Teh 2011, eq. 4),
+    """`num_steps` of x ← x + (ε/2) s(x) + √ε z with ε = `step_size` (Welling & Teh 2011, eq. 3),
     from any start x.
 
     Unadjusted: its stationary law is off by O(ε); for N(0, I) the variance is 1/(1 − ε/4).

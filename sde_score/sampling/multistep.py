@@ -73,7 +73,8 @@ class Interval(NamedTuple):
 
 
 def dpm_solver_pp(order: int = 2) -> Multistep:
-    """DPM-Solver++ of order 1 (`ddim`), 2 (2M) or 3 (3M), deterministic (Lu et al. 2022, alg. 2).
+    """DPM-Solver++ of order 1 (`ddim`), 2 (2M) or 3 (3M), deterministic (Lu et al. 2022, alg. 2,
+    here with exact integrals).
 
     The line or parabola through the last values of x̂_0 is integrated exactly, whatever the grid.
     It likes about equal steps in log-SNR: a last step that is long in it spoils order 3.
@@ -100,7 +101,9 @@ def adams(order: int = 3, *, sigma_data: Scalar = 1.0) -> Multistep:
 
 
 def sde_dpm_solver_pp() -> Multistep:
-    """SDE-DPM-Solver++(2M) for the reverse SDE (Lu et al. 2022): weak order 2."""
+    """SDE-DPM-Solver++(2M) for the reverse SDE (Lu et al. 2022), here with exact integrals: weak
+    order 2.
+    """
     return Multistep(bind(_no_history), bind(_sde_step))
 
 
@@ -127,8 +130,9 @@ def _data(score_fn: ScoreFn, sde: SDE, x_t: Event, t: Scalar, s: Scalar) -> tupl
 def _noisy_data(
     score_fn: ScoreFn, sde: SDE, x_t: Event, t: Scalar, s: Scalar
 ) -> tuple[Interval, Event]:
-    (start, end, ratio, scale, _), x0 = _data(score_fn, sde, x_t, t, s)
-    return Interval(start, end, ratio * jnp.exp(start - end), 2.0 * scale, 2.0), x0
+    interval, x0 = _data(score_fn, sde, x_t, t, s)
+    ratio = interval.ratio * jnp.exp(interval.start - interval.end)
+    return interval._replace(ratio=ratio, scale=2.0 * interval.scale, rate=2.0), x0
 
 
 def _velocity(

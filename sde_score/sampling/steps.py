@@ -94,7 +94,8 @@ def ddim_eta(eta: Scalar) -> Partial:
 
     τ = eta (sigma_s/sigma_t) √v with eta in [0, 1]: 0 is `ddim`, 1 `ancestral`.
     """
-    if _checks.is_concrete(eta) and not 0.0 <= eta <= 1.0:
+    _checks.check_positive_number("eta", eta, zero=True)
+    if _checks.is_concrete(eta) and eta > 1.0:
         raise _checks.ArgumentError(
             f"`eta` must lie in [0, 1]; got {_checks.describe(eta)}. 0 is ddim, 1 is ancestral."
         )
@@ -113,20 +114,26 @@ def edm_stochastic(
     none. gamma = 0 is `heun`. With gamma ∝ 1/N and s_noise = 1 it is of weak order 2; a fixed
     gamma leaves a bias of O(gamma²), however many the steps.
     """
-    _checks.check_positive("gamma", gamma, zero=True)
-    _checks.check_positive("s_min", s_min, zero=True)
-    _checks.check_positive("s_noise", s_noise)
+    numbers = ("gamma", gamma, True), ("s_min", s_min, True), ("s_noise", s_noise, False)
+    for name, value, zero in numbers:
+        _checks.check_positive_number(name, value, zero=zero)
+    if _checks.is_concrete(s_min, s_max) and not s_min <= s_max:
+        raise _checks.ArgumentError(
+            f"`s_max` must be at least s_min = {s_min}; got {s_max}. Noise is added between."
+        )
     return bind(_edm_stochastic, (gamma, s_min, s_max, s_noise))
 
 
 def _ddim_eta(
     eta: Scalar, key: Key, score_fn: ScoreFn, sde: SDE, x_t: Event, t: Scalar, s: Scalar
 ) -> Event:
-    fresh = eta * jnp.sqrt(-jnp.expm1(log_snr(sde, t) - log_snr(sde, s)))  # τ/sigma_s
+    gap = log_snr(sde, t) - log_snr(sde, s)
+    fresh = eta * jnp.sqrt(-jnp.expm1(gap))  # τ/sigma_s
+    kept = jnp.sqrt(1.0 - eta**2 + eta**2 * jnp.exp(gap))  # √(1 − fresh²), not cancelled
     noise = _noise(score_fn, sde, x_t, t)
     x0 = (x_t - sde.sigma(t) * noise) / sde.alpha(t)
     z = jax.random.normal(key, x_t.shape, x_t.dtype)
-    return sde.alpha(s) * x0 + sde.sigma(s) * (jnp.sqrt(1.0 - fresh**2) * noise + fresh * z)
+    return sde.alpha(s) * x0 + sde.sigma(s) * (kept * noise + fresh * z)
 
 
 def _edm_stochastic(
