@@ -20,8 +20,8 @@ from jax.tree_util import Partial
 import sde_score as ss
 from benchmarks._measure import context, measure, ratio
 
-DIMENSIONS, PROBES, BATCH, STEPS = (2, 8, 32, 128), (1, 4, 16), 512, 16
-SAMPLES = 2_000  # of the comparison with sampling
+DIMENSIONS, PROBES, BATCH, STEPS = (2, 8, 32, 128), (1, 4, 16), 128, 8
+SAMPLES = 1_000  # of the comparison with sampling
 LIMITS, TRAINED_DIM = (16, 64, 256, 1024), 8  # of the memory: steps, and the flow's dimension
 SDE = ss.VP(t0=1e-3)
 NET = ss.nets.MLP(width=128, depth=3)
@@ -118,7 +118,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dims", type=int, nargs="+", default=DIMENSIONS)
     parser.add_argument("--limits", type=int, nargs="+", default=LIMITS)
-    parser.add_argument("--repetitions", type=int, default=7)
+    parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--out", type=Path, help="a file for the JSON lines")
     options = parser.parse_args()
     measurements = [(cost_of_the_trace, dim, options.repetitions) for dim in options.dims]

@@ -10,7 +10,6 @@ import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
 
 import diffrax
 import jax
@@ -36,7 +35,6 @@ class Config:
     """Everything that a run depends on."""
 
     data: Name = "eight_gaussians"
-    trace: Literal["hutchinson", "exact"] = "hutchinson"  # the exact one learns less at equal cost
     num_train: int = 20_000
     width: int = 64
     depth: int = 3
@@ -100,11 +98,8 @@ def _train(key: ss.Key, config: Config, x0: Array) -> ss.Params:
     options["adjoint"] = diffrax.RecursiveCheckpointAdjoint(checkpoints=config.solver_steps)
 
     def loss(params: ss.Params, key: ss.Key, batch: Array) -> Array:
-        field = Partial(net.apply, params)
-        if config.trace == "hutchinson":
-            return ss.flow_loss(key, field, batch, **options)
-        one = lambda x: ss.exact_flow_log_prob(field, x, **options).log_prob
-        return -jax.vmap(one)(batch).mean()
+        # Of equal cost, the exact trace takes fewer steps and learns less, in two dimensions too.
+        return ss.flow_loss(key, Partial(net.apply, params), batch, **options)
 
     schedule = optax.cosine_decay_schedule(config.learning_rate, config.num_steps)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))

@@ -125,7 +125,7 @@ def _paths(z: Array, config: Config) -> tuple[Array, Array]:
     x, y = z[: config.num_pairs], z[config.num_pairs : 2 * config.num_pairs]
     weights = jnp.linspace(0.0, 1.0, config.num_weights)
     arc = jax.vmap(jax.vmap(ss.spherical_interpolation, (None, None, 0)), (0, 0, None))
-    w = weights[:, None, None, None]
+    w = weights[None, :, None, None, None]
     return arc(x, y, weights), (1.0 - w) * x[:, None] + w * y[:, None]
 
 

@@ -57,12 +57,12 @@ def map_in_chunks(
         try:
             values = _run(fn, jax.tree.map(lambda leaf, rows=rows: leaf[rows], xs), args)
             values = jax.tree.map(lambda leaf, n=done - first: np.asarray(leaf)[:n], values)
-        except _checks.ArgumentError:
+        except (_checks.ArgumentError, TypeError):  # a wrong call, not a failure of the device's
             raise
         except Exception as error:  # of the device, which JAX wraps in one or another
             failure = ChunkError(
-                f"Examples {first} to {done - 1} of {total} failed: {error}\nThe results of the "
-                f"{first} before them are in this error's `finished`."
+                f"Examples {first} to {done - 1} of {total} failed: {_reason(error)}\n"
+                f"The results of the {first} before them are in this error's `finished`."
             )
             failure.finished = _join(chunks) if chunks else None
             raise failure from error
@@ -70,6 +70,12 @@ def map_in_chunks(
         if progress is not None:
             progress(done, total, time.perf_counter() - start)
     return _join(chunks)
+
+
+def _reason(error: Exception) -> str:
+    """The message of equinox's, which jit buries in its own; else the whole."""
+    found = [line for line in str(error).splitlines() if "EquinoxRuntimeError: " in line]
+    return found[0].split("EquinoxRuntimeError: ")[1] if found else str(error)
 
 
 def _join(chunks: list) -> Any:

@@ -18,7 +18,7 @@ from sde_score import _checks
 from sde_score._solvers import make_control
 from sde_score._typing import Key, Scalar
 from sde_score.diffeq import Field, Solution, solve_ode_with_log_density
-from sde_score.divergence import rademacher_probes
+from sde_score.divergence import check_law, gaussian_probes, rademacher_probes, sphere_probes
 from sde_score.sampling.continuous import check_ends, integrate
 
 
@@ -61,7 +61,8 @@ def exact_flow_log_prob(field: Field, x: Float[Array, "*event"], **options: Any)
 
     Options: `start` and `stop`, the times of data and base (0 and 1 by default);
     `terminal_log_prob(x)`, the log-density at `stop` (the standard normal's by default); `solver`,
-    `ts`, `rtol`, `atol`, `max_steps`, `adjoint` as for `integrate`.
+    `ts`, `rtol`, `atol`, `max_steps` as for `integrate`, and `adjoint`, which reverse-mode
+    gradients need.
     """
     _checks.check_data("x", x)
     return _log_prob(field, x, None, **options)
@@ -109,9 +110,11 @@ def sample_flow(
 def draw_probes(
     key: Key, num_probes: int, probes: Callable, shape: tuple[int, ...]
 ) -> Float[Array, "num_probes *shape"]:
-    """`num_probes` probes of an example's shape."""
+    """`num_probes` probes of an example's shape, of a law with E[v vᵀ] = I."""
     _checks.check_key(key)
     _checks.check_count("num_probes", num_probes)
+    if probes not in (rademacher_probes, gaussian_probes, sphere_probes):
+        check_law("probes", probes, shape)
     return probes(key, num_probes, shape)
 
 

@@ -75,7 +75,13 @@ def _as_flow(
         ts = jnp.asarray(ts, _checks.at_least_float32(x0).dtype)[::-1]
         start, stop = ts[0], ts[-1]
     terminal = bind(prior_log_prob, sde) if terminal_log_prob is None else terminal_log_prob
-    options |= {"start": start, "stop": stop, "ts": ts, "terminal_log_prob": terminal}
+    ends = {"start": start, "stop": stop}
+    for name in ends.keys() & options.keys():
+        raise _checks.ArgumentError(
+            f"`{name}` must not be given: the likelihood is that of p_t0. Change the SDE's ends "
+            "with dataclasses.replace."
+        )
+    options |= ends | {"ts": ts, "terminal_log_prob": terminal}
     return probability_flow_field(score_fn, sde), options
 
 
@@ -102,6 +108,7 @@ def sample_with_log_likelihood(
     one likelihood. Options as for `integrate`.
     """
     prior_key, probe_key = split_key(key)
+    _checks.check_sde(sde)
     latent = initial_state(prior_key, sde, shape, init, sde.t1)
     drawn = draw_probes(probe_key, num_probes, probes, shape)
     field = probability_flow_field(score_fn, sde)
@@ -112,7 +119,9 @@ def sample_with_log_likelihood(
 
 
 class Bound(NamedTuple):
-    """A lower bound of a log-likelihood and its standard error over its draws, in nats."""
+    """A lower bound of a log-likelihood and its standard error over its draws, in nats: somewhat
+    too large, as the times are stratified.
+    """
 
     log_prob: Array
     stderr: Array
@@ -132,9 +141,10 @@ def log_likelihood_bound(
 
     Its mean over data bounds that of log p_t0(x_t0) from below for the *reverse SDE*'s p_t0, x_t0
     being the data with t0's noise (Song et al. 2021, arXiv 2101.09258, thm 3); its negative is
-    the likelihood-weighted `dsm_loss` but for a constant. The probability flow's density is
-    another one: with the exact score both means are the negative entropy of p_t0, with a learned
-    score either may be larger, and single examples differ in any case. As E‖∇log p(x_t | x_0)‖²
+    t1 − t0 times the likelihood-weighted `dsm_loss` but for a constant. The probability flow's
+    density is another one: with the exact score and the true terminal density both means are the
+    negative entropy of p_t0, with a learned score either may be larger, and single examples
+    differ in any case. As E‖∇log p(x_t | x_0)‖²
     = d/sigma² and div f = d dlog alpha/dt, the theorem's other integrals are the logarithm.
     """
     _checks.check_sde(sde)
@@ -151,7 +161,8 @@ def log_likelihood_bound(
         x_t, noise = perturb(key, sde, x0, t)
         residual = sde.sigma(t) * _checks.call(score_fn, x_t, t) + noise
         x_t1, _ = perturb(end_key, sde, x0, ends[1])
-        return terminal(x_t1) - 0.5 * (y[0] - y[1]) * jnp.sum(residual**2)
+        log_prob = _checks.check_scalar("terminal_log_prob", terminal(x_t1), "one example")
+        return log_prob - 0.5 * (y[0] - y[1]) * jnp.sum(residual**2)
 
     times, _ = likelihood_times(time_key, sde, num_draws)
     noise_keys, end_keys = (jax.random.split(key, num_draws) for key in (noise_key, end_key))

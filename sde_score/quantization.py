@@ -22,7 +22,7 @@ def bits_per_dim(
     _checks.check_count("num_dims", num_dims)
     width = _bin_width(num_levels, data_range)
     bits = -log_prob / (num_dims * jnp.log(2.0)) - jnp.log2(width)
-    if _checks.is_concrete(bits) and np.mean(bits) < 0:
+    if _checks.is_concrete(bits) and not np.mean(bits) >= 0:
         raise _checks.ArgumentError(
             f"`log_prob` must not give less than 0 bits/dim; got {np.mean(bits):.3g} on average, "
             f"for {num_dims} numbers of {num_levels} levels in {data_range}. Integers need codes: "
@@ -38,7 +38,8 @@ def uniform_dequantize(
     """low + (high − low) (levels + u)/num_levels with u ~ U[0, 1), for integers 0 … num_levels − 1
     (Theis et al. 2016, arXiv 1511.01844, sec. 3.1).
 
-    The mean log-density of the result bounds the log-probability of the integers from below.
+    The mean log-density of the result plus D ln w, w the width of a level as in `bits_per_dim`,
+    bounds the log-probability of the integers from below.
     """
     _checks.check_key(key)
     width = _bin_width(num_levels, data_range)
@@ -61,7 +62,7 @@ def uniform_dequantize(
 
 def _bin_width(num_levels: int, data_range: tuple[float, float]) -> float:
     _checks.check_count("num_levels", num_levels, 2)
-    if not (len(data_range) == 2 and data_range[0] < data_range[1]):
+    if not (np.shape(data_range) == (2,) and -np.inf < data_range[0] < data_range[1] < np.inf):
         raise _checks.ArgumentError(
             f"`data_range` must be (low, high) with low < high; got {data_range}. It is what the "
             "model sees of the integers' range: (0, 1) or (-1, 1), say."

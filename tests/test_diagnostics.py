@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 from conftest import mixture
 from jax.tree_util import Partial
 from matplotlib.figure import Figure
@@ -108,7 +109,9 @@ def test_every_number_of_a_normal(sde):
     size = sigma / np.sqrt(v) * (c - 1)  # 4 errors of 3 %, and of the fields' sizes 1 %
     np.testing.assert_allclose(got.stein.value[:, 0], size, rtol=0.15)
     np.testing.assert_allclose(got.stein.value[:, 1], -size, rtol=0.15)
-    np.testing.assert_array_equal(got.z_scores, got.stein.value / got.stein.stderr)
+    # but for a floor of a few roundings under the standard error
+    z = got.stein.value / got.stein.stderr
+    np.testing.assert_allclose(got.z_scores, z, rtol=0.05)
     assert got.suspect.all()
 
 
@@ -148,9 +151,9 @@ def test_planted_faults_are_found_where_they_are(found, fault):
     if fault == "floor":  # too flat
         assert (in_errors(got.gain, 1.0)[wrong] > 5.0).all()
     times = np.asarray(got.times)[wrong]
-    line = ss.summarize_diagnosis(got)
+    line, residual = ss.summarize_diagnosis(got).split("\n")
     assert line.startswith(f"t in [{times[-1]:.2g}, {times[0]:.2g}]: off by ")
-    assert "\n" not in line
+    assert residual.startswith("Fokker–Planck residual: at most ")
 
 
 def test_a_diagnosis_in_words(found):
@@ -158,7 +161,7 @@ def test_a_diagnosis_in_words(found):
     suspect = np.isin(np.arange(16), [0, 1, 15])
     gain = ss.metrics.Estimate(np.linspace(0.8, 1.2, 16), np.full(16, 0.01))
     lines = ss.summarize_diagnosis(found["factor"]._replace(suspect=suspect, gain=gain))
-    first, second = lines.split("\n")
+    first, second, _ = lines.split("\n")
     assert first.startswith("t in [0.92, 1]") and "0.800 ± 0.010" in first
     assert second.startswith("t in [1e-05, 1e-05]") and "1.200 ± 0.010" in second
 
@@ -238,3 +241,25 @@ def test_bad_inputs():
     ):
         with pytest.raises(ValueError, match=words):
             call()
+
+
+def test_the_field_x_is_unbiased_in_many_dimensions():
+    """With its own example in the centre, each z of an exact score would move by √(d/2n) = 2.2
+    here, at half signal: the mean of 8 keys tells by 6 errors. Two signs are exact for s = −x.
+    """
+    dim, count, score = 1000, 100, lambda x, t: -x
+    run = jax.jit(
+        lambda key, x: ss.diagnose(
+            key, score, SDES["vp"], x, ts=jnp.array([0.4, 0.3]), num_probes=2, num_waves=1
+        ).z_scores[:, 1]
+    )
+    keys = jax.random.split(jax.random.key(1), (8, 2))
+    z = np.array([run(k, jax.random.normal(data, (count, dim))) for k, data in keys])
+    assert np.abs(z.mean(axis=0)).max() < 4 / np.sqrt(8)
+
+
+def test_the_threshold_is_two_sided_over_all_levels_and_fields(found):
+    got = found["band"]
+    assert float(got.threshold) == pytest.approx(
+        scipy.stats.norm.isf(0.005 / got.z_scores.size), rel=1e-4
+    )

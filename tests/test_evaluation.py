@@ -40,7 +40,11 @@ def test_the_mean_its_interval_and_its_budget():
     expected = 0.5 * ratio**2 * np.mean(np.sum(np.asarray(x) ** 2, axis=1))
     assert out.budget.prior == pytest.approx(float(expected), rel=1e-5)
     assert out.budget.probes == 0 and out.budget.dequantization == 0
-    assert 0 < out.budget.tolerance < 1e-3
+    loose = jax.vmap(
+        lambda x: ss.exact_log_likelihood(ss.exact_score(gmm, SDE), SDE, x, rtol=1e-4, atol=1e-4)
+    )(x).log_prob
+    moved = abs(float(np.mean(np.asarray(loose, np.float64) - out.log_probs)))
+    assert out.budget.tolerance == pytest.approx(moved, rel=0.1, abs=2e-6)
     # log p_t0 − log p_0 of the oracle, of which the budget's change of t0 is some three times.
     shift = abs(float(jnp.mean(jax.vmap(gmm.log_prob)(x))) - truth.mean())
     assert 1.5 < out.budget.truncation / shift < 5
@@ -60,6 +64,7 @@ def test_probes_and_dequantisation_are_told_apart():
         data=levels,
         dequantize=TO_MODEL,
         num_passes=8,
+        chunk_size=40,
         rtol=1e-3,
         atol=1e-3,
     )
@@ -68,13 +73,17 @@ def test_probes_and_dequantisation_are_told_apart():
     # The same dequantisations: the difference is the probes' alone.
     difference = out.log_probs - exact.log_probs
     within = out.budget.probes * np.sqrt(40)
-    assert difference.std() == pytest.approx(within, rel=5 / np.sqrt(2 * 40))
+    # 40 differences, of kurtosis about 6 as their variances differ: 18 % each in three deviations
+    assert difference.std() == pytest.approx(within, rel=0.35)
     assert exact.budget.probes == 0 and out.log_probs.shape == (40,)
     # Other dequantisations: the difference of two runs is theirs alone.
     other = run(jax.random.key(4), num_probes=None)
     between = (other.log_probs - exact.log_probs).std() / np.sqrt(2.0)
     share = exact.budget.dequantization * np.sqrt(40)
-    assert between == pytest.approx(share, rel=5 / np.sqrt(2 * 40))
+    assert between == pytest.approx(share, rel=0.35)
+    # With probes, their variance is taken off that of the passes.
+    assert out.budget.dequantization == pytest.approx(exact.budget.dequantization, rel=0.7)
+    assert out.budget.dequantization < out.budget.probes + exact.budget.dequantization
     bits = ss.bits_per_dim(out.mean, 2, num_levels=4, data_range=(-1.0, 1.0))
     assert bits > 2  # uniform integers of 4 levels: no model is below 2 bits
     one_pass = run(jax.random.key(3), num_probes=1, num_passes=1)
@@ -117,6 +126,8 @@ def test_finished_chunks_are_kept():
         ({"data": jnp.full((4, 2), 4), "dequantize": TO_MODEL}, "must lie in 0 … 3"),
         ({"data": jnp.ones((1, 2))}, "at least two examples"),
         ({"data": jnp.full((4, 2), jnp.nan)}, "`data` must be finite"),
+        ({"ts": jnp.array([1.0, 1e-3])}, "`ts` must not be given: the budget"),
+        ({"rtol": None}, "`rtol` must be a number; got None"),
         ({"num_passes": 0}, "`num_passes`"),
         ({"num_probes": 0}, "`num_probes`"),
         ({"confidence": 95}, "`confidence` must lie between 0 and 1"),

@@ -159,6 +159,7 @@ def test_samplers_beside_the_oracle(tmp_path):
     chex.assert_trees_all_equal(params, ss.load_params(tmp_path / "score.safetensors")[0])
 
 
+@pytest.mark.slow
 def test_the_doctor_finds_planted_faults(tmp_path):
     """Each at its own levels and at no other; the exact score is cleared, a trained one is not."""
     small = {"width": 16, "depth": 1, "short_steps": 10, "long_steps": 20, "num_levels": 10}
@@ -195,6 +196,7 @@ def test_ffjord_on_the_plane(tmp_path):
     chex.assert_trees_all_equal(params, ss.load_params(tmp_path / "field.safetensors")[0])
 
 
+@pytest.mark.slow
 def test_finetuning_a_probability_flow(tmp_path):
     """A score that is barely trained gains by likelihood, beyond 3 standard errors."""
     small = {"width": 16, "depth": 1, "num_steps": 60, "finetune_steps": 60, "solver_steps": 6}
@@ -212,6 +214,7 @@ def test_finetuning_a_probability_flow(tmp_path):
         assert abs(metrics[name] - 1) < 0.05  # a coarse grid
 
 
+@pytest.mark.slow
 def test_a_neural_ode_by_three_adjoints(tmp_path):
     """It learns digits, and the adjoint ODE's gradient is off by the solver's tolerance."""
     config = dataclasses.replace(neural_ode.QUICK, out=tmp_path, width=16, num_steps=40)
@@ -224,10 +227,12 @@ def test_a_neural_ode_by_three_adjoints(tmp_path):
     assert all(metrics[f"{name}_ms"] > 0 for name in neural_ode.ADJOINTS)
 
 
-def test_likelihoods_to_trust(tmp_path):
+@pytest.mark.slow
+def test_likelihoods_to_trust(tmp_path, monkeypatch):
     """The budget, and one density met twice: while sampling, and of the finished sample."""
     small = {"digits_steps": 60, "num_test": 12, "num_draws": 4, "num_samples": 8}
     small |= {"num_steps": 60, "num_held_out": 30, "width": 16}
+    monkeypatch.setattr(likelihood, "MIXTURES", {"n_components": [1], "reg_covar": [1e-3]})
     config = dataclasses.replace(likelihood.QUICK, out=tmp_path, **small)
     metrics = likelihood.main(config)
     assert json.loads((tmp_path / "metrics.json").read_text()) == pytest.approx(metrics)
@@ -249,6 +254,7 @@ def test_likelihoods_to_trust(tmp_path):
         dataclasses.replace(config, num_passes=1)
 
 
+@pytest.mark.slow
 def test_codes_of_digits(tmp_path):
     """They decode to the digits, whatever the network, and the line leaves their sphere."""
     config = dataclasses.replace(interpolate.QUICK, num_steps=60, num_test=20, out=tmp_path)

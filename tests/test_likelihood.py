@@ -116,7 +116,7 @@ def test_error_bars_of_hutchinson(dim, x64):
     covered = np.mean((low < start.log_prob(x)) & (start.log_prob(x) < high))
     print(f"d = {dim}: the 95 % interval covers the truth on {covered:.1%} of 200 keys")
     assert 0.91 <= covered <= 0.98
-    assert within >= 0.98
+    assert within >= (0.98 if dim == 16 else 0.96)  # of 200: 0.991 ± 0.007
     assert np.median(stderr) > 1e-2  # the solver's error is below a thousandth of it
     assert 0.7 < z.std() < 1.5  # √(15/13) = 1.07 for Student's t with 15 degrees
     # A bias, or a sum over probes in place of their mean, would move the average of 200.
@@ -204,6 +204,9 @@ def test_bits_per_dim():
         ({"data_range": (1.0, 0.0)}, r"`data_range` must be \(low, high\) with low < high"),
         ({"num_dims": 0}, "`num_dims`"),
         ({"log_prob": 30.0}, "less than 0 bits/dim; got -6.* dequantised"),
+        ({"log_prob": np.nan}, "less than 0 bits/dim; got nan"),
+        ({"data_range": (0.0, np.inf)}, "`data_range`"),
+        ({"data_range": 1}, "`data_range`"),
         ({"log_prob": 3}, "`log_prob` must be floating point"),
     ):
         with pytest.raises(ArgumentError, match=words):
@@ -263,6 +266,15 @@ def test_bad_arguments():
         ss.exact_log_likelihood(score, sde, x, ts=ts, terminal_log_prob=lambda x: x)
     with pytest.raises(ArgumentError, match="`rtol` must be at least"):
         ss.exact_log_likelihood(score, sde, x, rtol=1e-12)
+    with pytest.raises(ArgumentError, match="`stop` must not be given"):
+        ss.exact_log_likelihood(score, sde, x, stop=0.5)
+    with pytest.raises(ArgumentError, match="`probes` must draw v with"):
+        unit = lambda key, num, shape: ss.sphere_probes(key, num, shape) / np.sqrt(2.0)
+        ss.log_likelihood(jax.random.key(0), score, sde, x, probes=unit)
+    with pytest.raises(ArgumentError, match="`terminal_log_prob` must return a scalar"):
+        ss.log_likelihood_bound(jax.random.key(0), score, sde, x, terminal_log_prob=lambda x: x)
+    with pytest.raises(ArgumentError, match="`sde` must be an SDE"):
+        ss.sample_with_log_likelihood(jax.random.key(0), score, object(), (2,))
 
 
 def test_numpy_data_of_double_precision_are_taken():
@@ -309,10 +321,10 @@ def test_the_interval_is_student_s():
 
 @pytest.mark.parametrize("name", SDES)
 def test_the_bound_and_the_flow_agree_for_the_exact_score(name):
-    """Both means are that of log p_t0(x_t0), for 4,000 data: within 3 standard errors of each
+    """Both means are that of log p_t0(x_t0), for 2,000 data: within 3 standard errors of each
     other, of the exact entropy's estimate too. No order is implied for another score.
     """
-    sde, gmm, count = SDES[name], ss.GaussianMixture(*mixture()), 4_000
+    sde, gmm, count = SDES[name], ss.GaussianMixture(*mixture()), 2_000
     score, end = ss.exact_score(gmm, sde), terminal(gmm, sde)
     x0 = jax.vmap(gmm.sample)(jax.random.split(jax.random.key(1), count))
 
@@ -330,8 +342,10 @@ def test_the_bound_and_the_flow_agree_for_the_exact_score(name):
     print(f"{name}: bound − flow = {difference.mean():.4f} ± {stderr:.4f} nats")
     assert abs(difference.mean()) < 3 * stderr < 0.2
     np.testing.assert_allclose(flow, truth, atol=2e-2)  # the solver, at 1e-4 in float32
-    # Its own error bar is that of its draws: the examples' spread has another part, their own.
-    assert 0 < np.sqrt(np.mean(bound.stderr**2)) < difference.std()
+    # Its own error bar over the draws for one example: an upper estimate, as times are stratified.
+    again = jax.jit(jax.vmap(lambda key: ss.log_likelihood_bound(key, score, sde, x0[0])))
+    one = again(jax.random.split(jax.random.key(6), 400))
+    assert 0.5 < np.std(one.log_prob) / np.sqrt(np.mean(one.stderr**2)) < 1.1
 
 
 def test_what_a_wrong_score_costs_the_bound(x64):
@@ -367,7 +381,7 @@ def test_the_likelihood_accumulated_while_sampling(x64):
     sde, gmm, key = SDES["VP"], oracle(2), jax.random.key(5)
     score = ss.exact_score(gmm, sde)
     options = {"rtol": 1e-8, "atol": 1e-8, "terminal_log_prob": terminal(gmm, sde)}
-    basis = lambda key, num, shape: np.sqrt(2.0) * jnp.eye(2)
+    basis = lambda key, num, shape: jnp.tile(np.sqrt(2.0) * jnp.eye(2), (num // 2, 1))
     out = ss.sample_with_log_likelihood(
         key, score, sde, (2,), num_probes=2, probes=basis, **options
     )

@@ -161,8 +161,8 @@ def spherical_interpolation(
     """(sin((1 − w) ω) x + sin(w ω) y)/sin ω, ω the angle between x and y: the arc from x at w = 0
     to y at w = 1 (Shoemake 1985).
 
-    Latent codes lie near a sphere, which the straight line leaves: between two of N(0, I) the arc
-    has their law at every w, the line half the variance at ½.
+    In many dimensions codes of N(0, I) lie near a sphere: the arc keeps their mean square at every
+    w, of which the line keeps half at ½. Opposite codes have no arc.
     """
     for name, value in (("x", x), ("y", y)):
         _checks.check_data(name, value)
