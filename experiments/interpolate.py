@@ -94,7 +94,7 @@ def _train(
     setup = digits.Config(width=width, num_steps=config.num_steps, params=params)
     net = ss.nets.MLP(setup.width, setup.depth, setup.dropout)
     trained, *_ = digits._train(key, setup, net, train)
-    return trained, digits._score(net, setup, trained)
+    return trained, digits.bounded(digits._score(net, setup, trained))
 
 
 def _flow(tolerance: float, score_fn: Partial, x: Array, start: Array, stop: Array) -> Array:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -87,18 +88,9 @@ def dataset_log_likelihood(
     _checks.check_count("num_passes", num_passes)
     _checks.check_sde(sde)
     _check_data(data, dequantize)
-    for name, tolerance in (("rtol", rtol), ("atol", atol)):
-        _checks.check_positive_number(name, tolerance)
-    check_rtol(rtol, jnp.promote_types(jnp.result_type(float, data), jnp.float32))
-    confidence_interval(0.0, 1.0, 2, confidence=confidence)  # refused before the work is done
+    _check_solves(rtol, atol, jnp.result_type(float, data), options)
     noisier = _noisier(sde)
-    if "ts" in options:
-        raise _checks.ArgumentError(
-            "`ts` must not be given: the budget compares tolerances. Give `rtol` and `atol`, or "
-            "map log_likelihood over the data with map_in_chunks."
-        )
-    num = len(data)
-    keys = jax.random.split(key, (num_passes, num))
+    confidence_interval(0.0, 1.0, 2, confidence=confidence)  # refused before the work is done
 
     def one(item: tuple, data: Array, score_fn: ScoreFn, sde: SDE, tolerances: Array) -> tuple:
         example_key, index = item
@@ -111,41 +103,59 @@ def dataset_log_likelihood(
             out = log_likelihood(probe_key, score_fn, sde, x0, num_probes=num_probes, **given)
         return out.log_prob, out.stderr, out.num_evals, jnp.sum(x0**2)
 
-    def run(keys: Array, sde: SDE, looser: float, progress: Progress | None) -> list[np.ndarray]:
-        passes, rows = keys.shape
-        items = keys.reshape(-1), jnp.tile(jnp.arange(rows), passes)
-        tolerances = jnp.array([rtol, atol]) * looser
-        args = (jnp.asarray(data), score_fn, sde, tolerances)
-        out = map_in_chunks(one, items, *args, chunk_size=chunk_size, progress=progress)
-        return [np.asarray(values).reshape(passes, rows) for values in out]
-
-    log_probs, stderrs, num_evals, squares = run(keys, sde, 1.0, progress)
-    few = keys[:1, :_NUM_COMPARED]
-
-    def shift(sde: SDE, looser: float) -> float:
-        try:
-            changed = run(few, sde, looser, None)[0]
-        except ChunkError:  # the mean stands without this term
-            return np.nan
-        return float(abs(np.mean(changed - log_probs[:1, :_NUM_COMPARED], dtype=np.float64)))
-
-    within = np.mean(stderrs.astype(np.float64) ** 2)
-    passes = np.var(log_probs, axis=0, ddof=1).mean() if num_passes > 1 else np.nan
-    share = lambda variance: float(np.sqrt(max(variance, 0.0) / (num * num_passes)))  # noqa: E731
+    keys, tolerances = jax.random.split(key, (num_passes, len(data))), jnp.array([rtol, atol])
+    run = partial(_run, one, jnp.asarray(data), score_fn, chunk_size)
+    log_probs, stderrs, num_evals, squares = run(keys, sde, tolerances, progress)
+    shift = partial(_shift, run, keys[:1, :_NUM_COMPARED], log_probs[:1, :_NUM_COMPARED])
+    probes, dequantization = _shares(log_probs, stderrs)
     ratio = sde.alpha(jnp.asarray(sde.t1)) / sde.sigma(jnp.asarray(sde.t1))
+    known = options.get("terminal_log_prob") is None
     budget = ErrorBudget(
-        probes=share(within),
-        tolerance=shift(sde, 10.0),
-        truncation=shift(noisier, 1.0),
-        prior=np.nan
-        if options.get("terminal_log_prob")
-        else float(0.5 * ratio**2 * squares.mean()),
-        dequantization=0.0 if dequantize is None else share(passes - within),
+        probes=probes,
+        tolerance=shift(sde, 10.0 * tolerances),
+        truncation=shift(noisier, tolerances),
+        prior=float(0.5 * ratio**2 * squares.mean()) if known else np.nan,
+        dequantization=0.0 if dequantize is None else dequantization,
     )
     values = log_probs.mean(axis=0, dtype=np.float64)
-    mean, stderr = float(values.mean()), float(np.std(values, ddof=1) / np.sqrt(num))
-    interval = confidence_interval(mean, stderr, num, confidence=confidence)
+    mean, stderr = float(values.mean()), float(np.std(values, ddof=1) / np.sqrt(values.size))
+    interval = confidence_interval(mean, stderr, values.size, confidence=confidence)
     return DatasetLikelihood(mean, stderr, interval, values, budget, int(num_evals.max()))
+
+
+def _run(
+    one: Callable,
+    data: Array,
+    score_fn: ScoreFn,
+    chunk_size: int,
+    keys: Array,
+    sde: SDE,
+    tolerances: Array,
+    progress: Progress | None,
+) -> list[np.ndarray]:
+    """What `one` returns, [passes, rows], for each pass over the first rows of the data."""
+    passes, rows = keys.shape
+    items = keys.reshape(-1), jnp.tile(jnp.arange(rows), passes)
+    args = data, score_fn, sde, tolerances
+    out = map_in_chunks(one, items, *args, chunk_size=chunk_size, progress=progress)
+    return [np.asarray(values).reshape(passes, rows) for values in out]
+
+
+def _shift(run: Callable, keys: Array, log_probs: Any, sde: SDE, tolerances: Array) -> float:
+    """By how much the mean of these log_probs moves; nan where the solves fail."""
+    try:
+        changed = run(keys, sde, tolerances, None)[0]
+    except ChunkError:
+        return np.nan
+    return float(abs(np.mean(changed - log_probs, dtype=np.float64)))
+
+
+def _shares(log_probs: np.ndarray, stderrs: np.ndarray) -> tuple[float, float]:
+    """Probes' and dequantisation's parts of the mean's standard error, from [passes, rows]."""
+    within = np.mean(stderrs.astype(np.float64) ** 2)
+    total = np.var(log_probs, axis=0, ddof=1).mean() if len(log_probs) > 1 else np.nan
+    variances = np.array([within, total - within])
+    return tuple(np.sqrt(np.maximum(variances, 0.0) / log_probs.size).tolist())
 
 
 def confidence_interval(
@@ -172,6 +182,17 @@ def _noisier(sde: Any) -> SDE:
         )
     level = log_snr(sde, jnp.asarray(sde.t0)) - 2.0 * jnp.log(2.0)
     return dataclasses.replace(sde, t0=float(time_of_log_snr(sde, level)))
+
+
+def _check_solves(rtol: Scalar, atol: Scalar, dtype: Any, options: dict[str, Any]) -> None:
+    if "ts" in options:
+        raise _checks.ArgumentError(
+            "`ts` must not be given: the budget compares tolerances. Give `rtol` and `atol`, or "
+            "map log_likelihood over the data with map_in_chunks."
+        )
+    for name, tolerance in (("rtol", rtol), ("atol", atol)):
+        _checks.check_positive_number(name, tolerance)
+    check_rtol(rtol, jnp.promote_types(dtype, jnp.float32))
 
 
 def _check_data(data: Array, dequantize: Callable | None) -> None:
