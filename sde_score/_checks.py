@@ -145,8 +145,8 @@ def check_grid(ts: Any, sde: SDE) -> None:
             f"{jnp.shape(ts)}. "
             "Make one with uniform_grid(sde, num_steps)."
         )
-    # As jnp sees it: float64 times may coincide in float32.
-    if is_concrete(ts) and not np.all(np.diff(np.asarray(jnp.asarray(ts))) < 0):
+    # In the dtype that jnp gives them: float64 times may coincide in float32.
+    if is_concrete(ts) and not np.all(np.diff(np.asarray(ts, jnp.result_type(float, ts))) < 0):
         raise ArgumentError(
             f"`ts` must decrease, from t1 towards t0; got {describe(ts)}. Reverse or sort the "
             "grid."

@@ -24,6 +24,7 @@ class Control(NamedTuple):
     atol: Scalar = 1e-5
     max_steps: int = 4096
     shortest: Scalar | None = None
+    forced: bool = False
 
 
 def make_control(
@@ -128,9 +129,9 @@ def controller(
         # score took 181 evaluations in place of 229, four others from 133/145 to 97/91.
         return diffrax.PIDController(rtol, atol, icoeff=0.7)
     # Damped, as noise makes error estimates jump (diffrax's advice for SDEs). A step that would
-    # have to be shorter than the Brownian tree resolves fails: forced, it would bias the samples.
+    # have to be shorter than a user's Brownian tree resolves fails: forced, it biases the samples.
     return diffrax.PIDController(
-        *(rtol, atol), pcoeff=0.1, icoeff=0.3, dtmin=control.shortest, force_dtmin=False
+        *(rtol, atol), pcoeff=0.1, icoeff=0.3, dtmin=control.shortest, force_dtmin=control.forced
     )
 
 

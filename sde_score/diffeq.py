@@ -115,6 +115,7 @@ def solve_reverse_sde(
     """
     _solvers.check_solves_the_reverse_sde(solver)
     x = _solvers.check_brownian_tol(brownian_tol, control, x)
+    forced = brownian_tol is None  # ours is so fine that a longer step than asked for is harmless
     if brownian_tol is None and control.ts is None:
         brownian_tol = 1e-5
     elif brownian_tol is None and control.ts is not None and adjoint is not None:
@@ -129,7 +130,9 @@ def solve_reverse_sde(
         diffrax.ControlTerm(_reverse_diffusion_in_tau, path),
     )
     control = control._replace(
-        ts=_negated(control.ts), shortest=None if brownian_tol is None else 2.0 * brownian_tol
+        ts=_negated(control.ts),
+        shortest=None if brownian_tol is None else 2.0 * brownian_tol,
+        forced=forced,
     )
     args = (score_fn, sde)
     return _solve(terms, solver, x, args, -start, -stop, control, _negated(saveat), adjoint)
