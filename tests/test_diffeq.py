@@ -353,16 +353,14 @@ def test_the_adaptive_reverse_sde_has_the_right_law():
     """Mean and covariance of p_t0 within 5 standard errors, the solver's error (rtol = 1e-2, of
     some 1e-3 in each path) negligible beside them.
     """
-    gmm, count = gaussian(), 4_000
+    gmm, count = gaussian(), 2_000
     start, final = (ss.marginal(gmm, SDE, t) for t in (SDE.t1, SDE.t0))
 
     def draw(key, start, score_fn, sde):
         start_key, key = jax.random.split(key)
         init = start.sample(start_key)
-        return ss.sample_sde(
-            key, score_fn, sde, (2,), init=init, rtol=1e-2, atol=1e-2, brownian_tol=1e-3,
-            finish=None,
-        )  # fmt: skip
+        options = {"init": init, "rtol": 1e-2, "atol": 1e-2, "finish": None}
+        return ss.sample_sde(key, score_fn, sde, (2,), **options)
 
     keys = jax.random.split(jax.random.key(8), count)
     run = jax.jit(jax.vmap(draw, in_axes=(0, None, None, None)))
