@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tyro
 
 Metrics = dict[str, float]
@@ -46,6 +47,13 @@ def _one_line(error: Exception) -> str:
     """The sentence of the library inside a long report of the runtime, or the error as it is."""
     found = re.search(r"The solve did not reach.*?finite\.", str(error), re.DOTALL)
     return f"{type(error).__name__}: {found.group() if found else error}"
+
+
+def estimate(name: str, values: Any) -> Metrics:
+    """The mean of `values` and its standard error."""
+    values = np.asarray(values, np.float64)
+    stderr = values.std(ddof=1) / math.sqrt(values.size)
+    return {name: float(values.mean()), f"{name}_stderr": float(stderr)}
 
 
 def check_numbers(config: Any, *, may_be_zero: tuple[str, ...]) -> None:

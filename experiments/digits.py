@@ -28,6 +28,7 @@ from experiments._run import (
     as_dict,
     check_numbers,
     cli,
+    estimate,
     results_folder,
     write_json,
 )
@@ -99,16 +100,16 @@ def main(config: Config) -> Metrics:
         real = test.images[: config.num_test]
         keys = iter(jax.random.split(jax.random.key(config.seed), 8))
         net = ss.nets.MLP(config.width, config.depth, config.dropout)
-        params, losses, train_seconds = _train(next(keys), config, net, train)
-        score_fn = bounded(_score(net, config, params))
+        params, losses, train_seconds = train_score(next(keys), config, net, train)
+        score_fn = bounded(make_score(net, config, params))
         data_key, probe_key = jax.random.split(next(keys))
         passes = [
             to_model(k, real) for k in jax.random.split(data_key, config.num_dequantisations)
         ]
         bits, metrics = _likelihood(probe_key, config, score_fn, real)
         mixture, mixture_bits = _best_mixture(next(keys), config, train.images, passes)
-        metrics |= _estimate("bits_per_dim", bits) | _estimate("gmm_bits_per_dim", mixture_bits)
-        metrics |= _estimate("bits_below_gmm", mixture_bits - bits)
+        metrics |= estimate("bits_per_dim", bits) | estimate("gmm_bits_per_dim", mixture_bits)
+        metrics |= estimate("bits_below_gmm", mixture_bits - bits)
         metrics["gmm_components"] = mixture.n_components
         samples = _draw(next(keys), score_fn, config.num_samples)
         mixture_samples = to_levels(mixture.sample(config.num_samples)[0].reshape(-1, 8, 8, 1))
@@ -137,7 +138,7 @@ def smooth(key: ss.Key, levels: Array, probability: float) -> Array:
     return jnp.where(jax.random.bernoulli(where_key, probability, levels.shape), random, levels)
 
 
-def _score(net: ss.nets.MLP, config: Config, params: ss.Params) -> Partial:
+def make_score(net: ss.nets.MLP, config: Config, params: ss.Params) -> Partial:
     return ss.score_from_preconditioned(
         SDE, Partial(net.apply, params), sigma_data=config.sigma_data
     )
@@ -158,7 +159,7 @@ def _bounded(score_fn: Partial, x: Array, t: Array) -> Array:
     return score - alpha * (x0 - jnp.clip(x0, -1.5, 1.5)) / variance
 
 
-def _train(key: ss.Key, config: Config, net: ss.nets.MLP, train: ss.data.Examples) -> tuple:
+def train_score(key: ss.Key, config: Config, net: ss.nets.MLP, train: ss.data.Examples) -> tuple:
     init_key, batch_key, fit_key = jax.random.split(key, 3)
 
     def loss(params: ss.Params, key: ss.Key, batch: ss.data.Examples) -> Array:
@@ -166,7 +167,7 @@ def _train(key: ss.Key, config: Config, net: ss.nets.MLP, train: ss.data.Example
         x0 = to_model(data_key, smooth(smoothing_key, batch.images, config.smoothing))
         return ss.dsm_loss(
             loss_key,
-            _score(net, config, params),
+            make_score(net, config, params),
             SDE,
             x0,
             context=jax.random.split(dropout_key, len(x0)),
@@ -216,17 +217,11 @@ def _likelihood(
         for name, value in out.budget._asdict().items()
         if np.isfinite(value)  # one probe or pass tells nothing of its error
     }
-    return _bits(jnp.asarray(out.log_probs)), errors | {"num_evals": out.num_evals}
+    return bits(jnp.asarray(out.log_probs)), errors | {"num_evals": out.num_evals}
 
 
-def _bits(log_prob: Array) -> Array:
+def bits(log_prob: Array) -> Array:
     return ss.bits_per_dim(log_prob, DIMS, **LEVELS_OF_DATA)
-
-
-def _estimate(name: str, values: Array) -> Metrics:
-    """A mean over the held-out digits and its standard error."""
-    stderr = jnp.std(values, ddof=1) / jnp.sqrt(values.size)
-    return {name: float(values.mean()), f"{name}_stderr": float(stderr)}
 
 
 def _best_mixture(
@@ -245,8 +240,8 @@ def _best_mixture(
         with threadpool_limits(1):  # small matrices: threads that spin cost ten times the work
             model.fit(x)
         log_prob = np.mean([model.score_samples(as_table(x0)) for x0 in passes], axis=0)
-        if _bits(jnp.asarray(log_prob)).mean() < best_bits.mean():
-            best, best_bits = model, _bits(jnp.asarray(log_prob))
+        if bits(jnp.asarray(log_prob)).mean() < best_bits.mean():
+            best, best_bits = model, bits(jnp.asarray(log_prob))
     return best, best_bits
 
 

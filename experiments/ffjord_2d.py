@@ -21,7 +21,15 @@ from jaxtyping import Array
 from matplotlib.figure import Figure
 
 import sde_score as ss
-from experiments._run import Metrics, as_dict, check_numbers, cli, results_folder, write_json
+from experiments._run import (
+    Metrics,
+    as_dict,
+    check_numbers,
+    cli,
+    estimate,
+    results_folder,
+    write_json,
+)
 from experiments.toy_2d import Name
 from sde_score import plots
 
@@ -70,7 +78,9 @@ def main(config: Config) -> Metrics:
         log_prob = lambda x: _evaluate(config.tolerance, field, jnp.zeros(()), x).log_prob
         found = _evaluate_all(config.tolerance, field, jnp.zeros(()), test)
         truth = jax.vmap(density.log_prob)(test)
-        metrics |= mean("nll", -found.log_prob) | mean("nll_above_truth", truth - found.log_prob)
+        metrics |= estimate("nll", -found.log_prob) | estimate(
+            "nll_above_truth", truth - found.log_prob
+        )
         metrics["num_evals"] = float(found.num_evals.mean())
         metrics["entropy"] = integral(density.log_prob, 500, of=np.negative)
         metrics["integral"] = integral(log_prob, config.resolution)
@@ -114,12 +124,6 @@ def _evaluate(tolerance: float, field: Partial, start: Array, x: Array) -> ss.Li
 
 
 _evaluate_all = jax.jit(jax.vmap(_evaluate, (None, None, None, 0)))
-
-
-def mean(name: str, values: Array) -> Metrics:
-    """A mean and its standard error."""
-    stderr = jnp.std(values, ddof=1) / jnp.sqrt(values.size)
-    return {name: float(values.mean()), f"{name}_stderr": float(stderr)}
 
 
 def integral(log_prob: Callable, resolution: int, of: Callable = lambda log_p: 1.0) -> float:

@@ -20,8 +20,16 @@ from jaxtyping import Array
 from matplotlib.figure import Figure
 
 import sde_score as ss
-from experiments._run import Metrics, as_dict, check_numbers, cli, results_folder, write_json
-from experiments.ffjord_2d import SHOWN, integral, mean
+from experiments._run import (
+    Metrics,
+    as_dict,
+    check_numbers,
+    cli,
+    estimate,
+    results_folder,
+    write_json,
+)
+from experiments.ffjord_2d import SHOWN, integral
 from experiments.toy_2d import Name
 from sde_score import plots
 
@@ -74,10 +82,10 @@ def main(config: Config) -> Metrics:
         }
         nll = {name: -jax.vmap(log_prob)(test) for name, log_prob in models.items()}
         for name, values in nll.items():
-            metrics |= mean(f"finetune_nll_{name}", values)
+            metrics |= estimate(f"finetune_nll_{name}", values)
         above = nll["after"] + jax.vmap(density.log_prob)(test)
-        metrics |= mean("finetune_gain", nll["before"] - nll["after"])
-        metrics |= mean("nll_above_truth", above)
+        metrics |= estimate("finetune_gain", nll["before"] - nll["after"])
+        metrics |= estimate("nll_above_truth", above)
         metrics["score_integral"] = integral(models["before"], config.resolution)
         metrics["finetune_integral"] = integral(models["after"], config.resolution)
         metrics["total_seconds"] = time.perf_counter() - start

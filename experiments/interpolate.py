@@ -93,8 +93,8 @@ def _train(
     """A network trained as that of `digits`."""
     setup = digits.Config(width=width, num_steps=config.num_steps, params=params)
     net = ss.nets.MLP(setup.width, setup.depth, setup.dropout)
-    trained, *_ = digits._train(key, setup, net, train)
-    return trained, digits.bounded(digits._score(net, setup, trained))
+    trained, *_ = digits.train_score(key, setup, net, train)
+    return trained, digits.bounded(digits.make_score(net, setup, trained))
 
 
 def _flow(tolerance: float, score_fn: Partial, x: Array, start: Array, stop: Array) -> Array:

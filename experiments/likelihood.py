@@ -25,7 +25,15 @@ from threadpoolctl import threadpool_limits
 
 import sde_score as ss
 from experiments import digits, toy_2d
-from experiments._run import Metrics, as_dict, check_numbers, cli, results_folder, write_json
+from experiments._run import (
+    Metrics,
+    as_dict,
+    check_numbers,
+    cli,
+    estimate,
+    results_folder,
+    write_json,
+)
 from sde_score import plots
 from sde_score.evaluation import DatasetLikelihood, ErrorBudget
 
@@ -77,9 +85,9 @@ def main(config: Config) -> Metrics:
         metrics |= {"table_interval_low": low, "table_interval_high": high}
         metrics |= {f"table_{name}_term": term for name, term in table.budget._asdict().items()}
         for name, values in log_probs.items():
-            metrics |= digits._estimate(f"table_{name}_nats", values)
+            metrics |= estimate(f"table_{name}_nats", values)
             if name != "model":
-                metrics |= digits._estimate(f"table_above_{name}", log_probs["model"] - values)
+                metrics |= estimate(f"table_above_{name}", log_probs["model"] - values)
         metrics["total_seconds"] = time.perf_counter() - start
         plots.save(_figure(metrics, log_probs), folder / "figure.png")
         ss.save_params(folder / "score.safetensors", params, as_dict(config))
@@ -94,20 +102,20 @@ def _digits(key: ss.Key, config: Config) -> tuple[ss.Params, Metrics]:
     net = ss.nets.MLP(setup.width, setup.depth, setup.dropout)
     train, test = ss.data.digits()
     levels, sde = test.images[: config.num_test], digits.SDE
-    params, *_ = digits._train(train_key, setup, net, train)
-    score_fn = digits.bounded(digits._score(net, setup, params))
+    params, *_ = digits.train_score(train_key, setup, net, train)
+    score_fn = digits.bounded(digits.make_score(net, setup, params))
     probes = {"num_probes": config.num_probes}
     passes = {"dequantize": digits.to_model, "num_passes": config.num_passes}
     out = ss.dataset_log_likelihood(eval_key, score_fn, sde, levels, **passes, **probes)
-    metrics = digits._estimate("bits_per_dim", digits._bits(jnp.asarray(out.log_probs)))
-    high, low = (float(digits._bits(jnp.asarray(end))) for end in out.interval)
+    metrics = estimate("bits_per_dim", digits.bits(jnp.asarray(out.log_probs)))
+    high, low = (float(digits.bits(jnp.asarray(end))) for end in out.interval)
     metrics |= {"interval_low": low, "interval_high": high, "num_evals": out.num_evals}
     metrics |= {f"{name}_term": BITS * value for name, value in out.budget._asdict().items()}
 
     bound = partial(ss.log_likelihood_bound, num_draws=config.num_draws)
     keys, x0 = jax.random.split(bound_key, len(levels)), digits.to_model(data_key, levels)
     bounds = jax.jit(jax.vmap(bound, (0, None, None, 0)))(keys, score_fn, sde, x0)
-    metrics |= digits._estimate("bound_bits_per_dim", digits._bits(bounds.log_prob))
+    metrics |= estimate("bound_bits_per_dim", digits.bits(bounds.log_prob))
 
     def twice(key: ss.Key, score_fn: Partial) -> tuple[Array, Array]:
         """log p as found while sampling, and of the finished sample by other probes."""
@@ -118,8 +126,8 @@ def _digits(key: ss.Key, config: Config) -> tuple[ss.Params, Metrics]:
 
     keys = jax.random.split(sample_key, config.num_samples)
     found, again = jax.jit(jax.vmap(twice, (0, None)))(keys, score_fn)
-    metrics |= digits._estimate("sampled_bits_per_dim", digits._bits(found))
-    return params, metrics | digits._estimate("sampled_difference", BITS * (again - found))
+    metrics |= estimate("sampled_bits_per_dim", digits.bits(found))
+    return params, metrics | estimate("sampled_difference", BITS * (again - found))
 
 
 def _table(key: ss.Key, config: Config) -> tuple[dict[str, Array], DatasetLikelihood]:
@@ -134,7 +142,7 @@ def _table(key: ss.Key, config: Config) -> tuple[dict[str, Array], DatasetLikeli
     options = {"num_steps": config.num_steps, "learning_rate": config.learning_rate}
     net = {"width": config.width, "depth": config.depth}
     setup = toy_2d.Config(sde=TABLE_SDE, batch_size=128, **net, **options)
-    score_fn = toy_2d._score(setup, toy_2d._train(train_key, setup, train))
+    score_fn = toy_2d.make_score(setup, toy_2d.train_score(train_key, setup, train))
     model = ss.dataset_log_likelihood(eval_key, score_fn, TABLE_SDE, test, num_probes=None)
     search = GridSearchCV(GaussianMixture(random_state=config.seed), MIXTURES)
     with threadpool_limits(1):  # small matrices: threads that spin cost ten times the work

@@ -77,8 +77,8 @@ def main(config: Config) -> Metrics:
         density = getattr(ss.data, config.data)
         keys = iter(jax.random.split(jax.random.key(config.seed), 8))
         x0 = density(next(keys), config.num_train)
-        params = _train(next(keys), config, x0)
-        score_fn = _score(config, params)
+        params = train_score(next(keys), config, x0)
+        score_fn = make_score(config, params)
         draws = {
             "sde": _draw(partial(ss.sample_sde, shape=(2,)), next(keys), score_fn, config),
             "ode": _draw(partial(ss.sample_ode, shape=(2,)), next(keys), score_fn, config),
@@ -94,18 +94,18 @@ def main(config: Config) -> Metrics:
     return metrics
 
 
-def _score(config: Config, params: ss.Params) -> Partial:
+def make_score(config: Config, params: ss.Params) -> Partial:
     net = ss.nets.MLP(config.width, config.depth)
     return ss.score_from_preconditioned(config.sde, Partial(net.apply, params), sigma_data=1.0)
 
 
-def _train(key: ss.Key, config: Config, x0: Array) -> ss.Params:
+def train_score(key: ss.Key, config: Config, x0: Array) -> ss.Params:
     init_key, batch_key, fit_key = jax.random.split(key, 3)
 
     def loss(params: ss.Params, key: ss.Key, batch: Array) -> Array:
         return getattr(ss, f"{config.objective}_loss")(
             key,
-            _score(config, params),
+            make_score(config, params),
             config.sde,
             batch,
             weight=ss.likelihood_weight,

@@ -16,7 +16,8 @@ _MIN_RTOL_IN_EPS = 4  # an error estimate below a few roundings of the state is 
 
 class Control(NamedTuple):
     """How a solve advances: on the grid `ts` if given, else adaptively to `rtol` and `atol` within
-    `max_steps`, each at least `shortest` long.
+    `max_steps`, each at least `shortest` long: where one would have to be shorter it is `forced`
+    to be so long, or the solve fails.
     """
 
     ts: Array | None = None

@@ -37,9 +37,8 @@ def map_in_chunks(
     With keys for `xs`, fn = lambda key, s: sample_ode(key, s, sde, shape) and args = (s,) it draws
     samples: sample i is a function of key i, so the noise is the same bit for bit whatever the
     chunk, and the samples are up to the order of sums, which for adaptive steps means up to their
-    tolerance. Compiled once for each fn, as the last
-    chunk is filled up. Where a chunk fails, by a solve that exhausts its steps, say, the
-    `ChunkError` keeps the finished ones.
+    tolerance. Compiled once for each fn, as the last chunk is filled up. Where a chunk fails, by
+    a solve that exhausts its steps, say, the `ChunkError` keeps the finished ones.
     """
     _checks.check_count("chunk_size", chunk_size)
     sizes = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(xs)}

@@ -52,7 +52,7 @@ class DatasetLikelihood(NamedTuple):
 
     mean: float
     stderr: float
-    interval: tuple[Any, Any]
+    interval: tuple[float, float]
     log_probs: np.ndarray
     budget: ErrorBudget
     num_evals: int
@@ -90,7 +90,7 @@ def dataset_log_likelihood(
     _check_data(data, dequantize)
     _check_solves(rtol, atol, jnp.result_type(float, data), options)
     noisier = _noisier(sde)
-    confidence_interval(0.0, 1.0, 2, confidence=confidence)  # refused before the work is done
+    _check_confidence(confidence)
 
     def one(item: tuple, data: Array, score_fn: ScoreFn, sde: SDE, tolerances: Array) -> tuple:
         example_key, index = item
@@ -165,17 +165,21 @@ def confidence_interval(
     likelihood's probes.
     """
     _checks.check_count("num", num, 2)
-    if not 0.0 < confidence < 1.0:
-        raise _checks.ArgumentError(
-            f"`confidence` must lie between 0 and 1; got {confidence}. For 95 % give 0.95."
-        )
+    _check_confidence(confidence)
     half = stdtrit(num - 1, 0.5 + 0.5 * confidence) * np.asarray(stderr)
     return np.asarray(mean) - half, np.asarray(mean) + half
 
 
+def _check_confidence(confidence: float) -> None:
+    if not 0.0 < confidence < 1.0:
+        raise _checks.ArgumentError(
+            f"`confidence` must lie between 0 and 1; got {confidence}. For 95 % give 0.95."
+        )
+
+
 def _noisier(sde: Any) -> SDE:
     """`sde` with a t0 at which sigma/alpha is twice as large."""
-    if not hasattr(sde, "__dataclass_fields__"):
+    if not dataclasses.is_dataclass(sde):
         raise _checks.ArgumentError(
             f"`sde` must be a dataclass, for the budget to change its t0; got {sde!r}. Decorate "
             "it with dataclasses.dataclass(frozen=True)."

@@ -15,11 +15,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sde_score import _checks
-from sde_score._solvers import make_control
 from sde_score._typing import Key, Scalar
 from sde_score.diffeq import Field, Solution, solve_ode_with_log_density
 from sde_score.divergence import check_law, gaussian_probes, rademacher_probes, sphere_probes
-from sde_score.sampling.continuous import check_ends, integrate
+from sde_score.sampling.continuous import integrate, on_the_way
 
 
 class Likelihood(NamedTuple):
@@ -125,26 +124,13 @@ def carry(
     start: Scalar,
     stop: Scalar,
     *,
-    solver: diffrax.AbstractSolver | None = None,
-    ts: Float[Array, " n"] | None = None,
-    rtol: Scalar | None = None,
-    atol: Scalar | None = None,
-    max_steps: int = 4096,
     adjoint: diffrax.AbstractAdjoint | None = None,
+    **options: Any,
 ) -> tuple[Solution, Float[Array, " k"]]:
     """x moved from `start` to `stop`, and ∫ div v dt along the way by each probe (or exactly)."""
-    x = _checks.at_least_float32(x)
-    start, stop = jnp.asarray(start, x.dtype), jnp.asarray(stop, x.dtype)
-    return solve_ode_with_log_density(
-        field,
-        x,
-        None if probes is None else probes.astype(x.dtype),
-        start,
-        stop,
-        solver=solver or diffrax.Dopri5(),
-        control=make_control(check_ends(ts, start, stop), rtol, atol, max_steps),
-        adjoint=adjoint,
-    )
+    x, start, stop, how = on_the_way(x, start, stop, **options)
+    probes = None if probes is None else probes.astype(x.dtype)
+    return solve_ode_with_log_density(field, x, probes, start, stop, **how, adjoint=adjoint)
 
 
 def log_prob_of(

@@ -144,8 +144,8 @@ def log_likelihood_bound(
     t1 − t0 times the likelihood-weighted `dsm_loss` but for a constant. The probability flow's
     density is another one: with the exact score and the true terminal density both means are the
     negative entropy of p_t0, with a learned score either may be larger, and single examples
-    differ in any case. As E‖∇log p(x_t | x_0)‖²
-    = d/sigma² and div f = d dlog alpha/dt, the theorem's other integrals are the logarithm.
+    differ in any case. As E‖∇log p(x_t | x_0)‖² = d/sigma² and div f = d dlog alpha/dt, the
+    theorem's other integrals are the logarithm.
     """
     _checks.check_sde(sde)
     _checks.check_key(key)

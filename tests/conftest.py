@@ -38,6 +38,11 @@ def x64():
         yield
 
 
+def slow(value):
+    """A parameter whose tests are slow."""
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
 def mixture(dtype=np.float32):
     """A mild mixture of three correlated components in two dimensions: weights, means, covariances
     as numpy arrays.

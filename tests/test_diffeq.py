@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import slow
 
 import sde_score as ss
 from sde_score._checks import ArgumentError
@@ -330,7 +331,7 @@ def test_trajectories_of_the_reverse_sde():
 
 
 @pytest.mark.diffrax_keys  # a Brownian tree splits its keys again
-@pytest.mark.parametrize("run", [ss.sample_ode, ss.sample_sde])
+@pytest.mark.parametrize("run", [ss.sample_sde, slow(ss.sample_ode)])
 def test_gradients_pass_through_with_an_adjoint(run, x64):
     """In a parameter of the score, against central differences along the same noise."""
     ts = ss.uniform_grid(SDE, 8)
@@ -349,6 +350,7 @@ def test_gradients_pass_through_with_an_adjoint(run, x64):
 
 
 @pytest.mark.diffrax_keys  # a Brownian tree splits its keys again
+@pytest.mark.slow
 def test_the_adaptive_reverse_sde_has_the_right_law():
     """Mean and covariance of p_t0 within 5 standard errors, the solver's error (rtol = 1e-2, of
     some 1e-3 in each path) negligible beside them.

@@ -51,6 +51,7 @@ def test_the_mean_its_interval_and_its_budget():
     assert out.num_evals > 20
 
 
+@pytest.mark.slow
 def test_probes_and_dequantisation_are_told_apart():
     """Their shares against the spread of single passes: integers on four levels, 4 probes and 8
     passes. The shares are estimates of standard errors, 40 examples × 8 passes behind each.
@@ -141,6 +142,7 @@ def test_bad_arguments(change, words):
         ss.dataset_log_likelihood(jax.random.key(0), **given)
 
 
+@pytest.mark.slow
 def test_an_sde_of_another_type_is_moved_too(x64):
     """The truncation term needs dataclasses.replace alone."""
     x, gmm = data(4)

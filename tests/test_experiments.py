@@ -73,7 +73,7 @@ def test_an_experiment_writes_what_it_promises(module, tmp_path):
     if module is toy_2d:  # its option takes them instead of training
         again = dataclasses.replace(module.QUICK, params=out / "score.safetensors", width=32)
         chex.assert_trees_all_equal(
-            toy_2d._train(jax.random.key(1), again, np.ones((4, 2))), params
+            toy_2d.train_score(jax.random.key(1), again, np.ones((4, 2))), params
         )
         assert metadata["sde"]["type"] == "VP"
     net = ss.nets.MLP(metadata["width"], metadata["depth"])
@@ -85,6 +85,7 @@ def test_an_experiment_writes_what_it_promises(module, tmp_path):
         assert 2.2 < metrics["gmm_bits_per_dim"] < 3.0
 
 
+@pytest.mark.slow
 def test_objectives_on_the_plane(tmp_path):
     """Every objective beats the zero score within 100 steps, and two log Z of the energy agree."""
     small = {"width": 16, "depth": 1, "energy_widths": (16,), "num_steps": 100, "num_train": 2_000}
@@ -119,6 +120,7 @@ def test_the_noised_density_by_quadrature(x64):
         np.testing.assert_allclose(got, mixture.log_prob(x), rtol=1e-5)  # of the quadrature
 
 
+@pytest.mark.slow
 def test_pitfalls_agree_with_their_closed_forms(tmp_path):
     """Of the weights the reverse SDE's is right and Langevin's is not, by 5 standard errors."""
     small = {"width": 16, "num_steps": 200, "num_samples": 2_000, "langevin_steps": 100}
@@ -139,6 +141,7 @@ def test_pitfalls_agree_with_their_closed_forms(tmp_path):
     assert metrics["ssm_error_rare"] > 2 * metrics["ssm_error_data"]
 
 
+@pytest.mark.slow
 def test_samplers_beside_the_oracle(tmp_path):
     """By the exact score its samples are eight Gaussians', within 5 standard errors."""
     small = {"width": 16, "num_steps": 50, "num_samples": 800, "samplers": ("adams", "dopri5")}
@@ -176,6 +179,7 @@ def test_the_doctor_finds_planted_faults(tmp_path):
         dataclasses.replace(diagnose.QUICK, num_levels=1)
 
 
+@pytest.mark.slow
 def test_ffjord_on_the_plane(tmp_path):
     """Within 150 steps it is nearer to the density than the normal it starts from."""
     small = {"width": 16, "depth": 1, "num_steps": 150, "solver_steps": 4, "num_train": 2_000}
@@ -367,6 +371,7 @@ def test_the_command_line(tmp_path, arguments, code, words):
     assert "Traceback" not in text
 
 
+@pytest.mark.slow
 def test_the_notebook_runs(tmp_path):
     notebook = nbformat.read(ROOT / "experiments" / "quickstart.ipynb", as_version=4)
     for cell in notebook.cells:
@@ -382,6 +387,7 @@ def test_the_notebook_runs(tmp_path):
     assert "nats from the truth" in printed
 
 
+@pytest.mark.slow
 def test_the_table_of_score_errors(tmp_path):
     """Each column for each d; the limit, the zero predictor and Silverman's kernel density as in
     their closed forms.

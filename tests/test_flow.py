@@ -101,6 +101,7 @@ ADJOINTS = {
 }
 
 
+@pytest.mark.slow
 def test_adjoints_agree_and_with_central_differences(x64):
     """Gradients of −log p by parameters and point. The differences, over 2e-4, have an error of
     some 1e-8 by their formula and 1e-6 by the solver, whose errors on either side nearly cancel.
@@ -199,6 +200,7 @@ def moved(net, shape, scale=0.7):
     return jax.tree.unflatten(structure, [draw(leaf) for leaf in leaves])
 
 
+@pytest.mark.slow
 def test_the_density_of_a_network_integrates_to_one():
     """By the midpoint rule on [−8, 8]², which has no error to speak of where all is smooth."""
     net = ConcatSquash(8, 2)

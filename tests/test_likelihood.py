@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 import scipy.stats
-from conftest import mixture
+from conftest import mixture, slow
 from jax.tree_util import Partial
 
 import sde_score as ss
@@ -67,7 +67,7 @@ def test_exact_likelihood_and_round_trip(name, dim, x64):
     assert np.all(np.asarray(out.stderr) == 0)
 
 
-@pytest.mark.parametrize("dim", [2, 16, 64])
+@pytest.mark.parametrize("dim", [2, slow(16), slow(64)])
 def test_exact_likelihood_in_single_precision(dim):
     """Within 1e-4 nats per dimension at the default tolerance of 1e-5."""
     with jax.enable_x64(True):
@@ -90,7 +90,7 @@ def test_exact_likelihood_in_single_precision(dim):
     assert error < 1e-4
 
 
-@pytest.mark.parametrize("dim", [16, 64])
+@pytest.mark.parametrize("dim", [16, slow(64)])
 def test_error_bars_of_hutchinson(dim, x64):
     """16 probes: the nominal 95 % interval covers the truth on 91 to 98 % of 200 keys, and 3
     standard errors on at least 98 % (Student t with 15 degrees: 99.1 %). The solver's error, 1e-5,
@@ -319,7 +319,7 @@ def test_the_interval_is_student_s():
         ss.confidence_interval(2.0, 0.5, 16, confidence=95)
 
 
-@pytest.mark.parametrize("name", SDES)
+@pytest.mark.parametrize("name", ["VP", slow("VE"), slow("SubVP")])
 def test_the_bound_and_the_flow_agree_for_the_exact_score(name):
     """Both means are that of log p_t0(x_t0), for 2,000 data: within 3 standard errors of each
     other, of the exact entropy's estimate too. No order is implied for another score.

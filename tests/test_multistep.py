@@ -14,6 +14,7 @@ import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import slow
 from jax.tree_util import Partial
 
 import sde_score as ss
@@ -164,7 +165,7 @@ def test_every_method_integrates_its_polynomials_exactly(sde, x64):
             np.testing.assert_allclose(got, expected, rtol=1e-10, err_msg=f"{k} {kind.__name__}")
 
 
-@pytest.mark.parametrize("uneven", [False, True], ids=["even", "uneven"])
+@pytest.mark.parametrize("uneven", [slow(False), True], ids=["even", "uneven"])
 @pytest.mark.parametrize("sde", SDES.values(), ids=SDES)
 def test_orders_of_the_deterministic_methods(sde, uneven, x64):
     """The probability flow of one Gaussian is known in closed form. Methods of order 1 and 2 take

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import mixture
+from conftest import mixture, slow
 
 import sde_score as ss
 
@@ -137,6 +137,7 @@ def paths(solver, num_steps, count=500):
 
 @pytest.mark.diffrax_keys  # a Brownian tree splits its keys again
 @pytest.mark.parametrize("solver", [diffrax.ShARK(), diffrax.SRA1()], ids=["ShARK", "SRA1"])
+@pytest.mark.slow
 def test_stochastic_runge_kutta_is_of_strong_order_three_halves(solver, x64):
     """Against ShARK's 256 steps on the same paths, whose own error is some 10 times below that of
     64 steps.
@@ -152,7 +153,9 @@ def test_stochastic_runge_kutta_is_of_strong_order_three_halves(solver, x64):
 ODE_SOLVERS = {"Heun": 2, "Tsit5": 5, "Dopri5": 5}
 
 
-@pytest.mark.parametrize("name", ODE_SOLVERS)
+@pytest.mark.parametrize(
+    "name", ["Tsit5", *(slow(name) for name in ODE_SOLVERS if name != "Tsit5")]
+)
 def test_orders_of_diffrax_solvers_on_the_probability_flow(name, x64):
     """On equal steps in log-SNR, as few as keep order 5 above rounding."""
     expected, gmm = ODE_SOLVERS[name], gaussian()

@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from jax.tree_util import Partial
 
 import sde_score as ss
 
@@ -19,9 +20,9 @@ PACKAGE = ROOT / "sde_score"
 # Each module imports only from rows above its own, or from one listed earlier in its row.
 ROWS = [
     ["_xla", "_typing", "_checks"],
-    ["chunks", "quantization", "sde", "divergence", "metrics", "data", "nets"],
+    ["chunks", "quantization", "sde", "divergence", "metrics", "data", "nets", "operators"],
     ["parameterization", "_solvers", "diffeq", "losses", "baselines", "gaussian_mixture"],
-    ["sampling"],
+    ["sampling", "guidance", "inverse"],
     ["flow", "likelihood", "evaluation", "diagnostics", "training"],
     ["__init__"],
     ["plots"],
@@ -140,14 +141,18 @@ def test_the_readme_is_complete():
     assert not re.search(r"\b(TODO|FIXME|[A-Z]{2,}_[A-Z]{2,})\b", text.replace("XLA_FLAGS", ""))
 
 
-def _readme_example():
+def _readme_block(word):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    return next(block for block in blocks if "ss.fit(" in block)
+    return next(block for block in blocks if word in block)
 
 
 def test_the_example_of_the_readme_runs():
     """As it stands in the README but for fewer steps and samples."""
-    code = _readme_example().replace("num_steps=5_000", "num_steps=500").replace("2_000", "200")
+    code = (
+        _readme_block("ss.fit(")
+        .replace("num_steps=5_000", "num_steps=500")
+        .replace("2_000", "200")
+    )
     scope = {}
     exec(compile(code, "README.md", "exec"), scope)  # noqa: S102
     assert scope["samples"].shape == (200, 2)
@@ -155,3 +160,17 @@ def test_the_example_of_the_readme_runs():
     # A tenth of the training leaves the model some tenths of a nat above the entropy of the data,
     # and far below that of a Gaussian of the same variance (2.84).
     assert truth - 0.2 < scope["test_nll"] < truth + 0.8
+
+
+def test_the_evaluation_of_the_readme_runs(capsys):
+    """With the score of N(0, I), whose bits are known up to the dequantisation within a bin."""
+    images = np.arange(0, 256, 8, np.uint8).reshape(8, 2, 2, 1)
+    eval_key, doctor_key, data_key = jax.random.split(jax.random.key(0), 3)
+    scope = {"ss": ss, "Partial": Partial, "sde": ss.VP(), "s": Partial(lambda x, t: -x)}
+    scope |= {"images": images, "eval_key": eval_key, "doctor_key": doctor_key}
+    scope["x"] = jax.random.normal(data_key, (256, 2, 2, 1))
+    exec(compile(_readme_block("dataset_log_likelihood("), "README.md", "exec"), scope)  # noqa: S102
+    middles = (images + 0.5) / 128 - 1
+    bits = 0.5 * np.mean(middles**2 + np.log(2 * np.pi)) / np.log(2.0) + 7
+    assert abs(scope["bits"] - bits) < 1 / 256 / np.log(2.0)  # |x| dx with dx of half a bin
+    assert "No level is suspect" in capsys.readouterr().out

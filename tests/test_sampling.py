@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import slow
 
 import sde_score as ss
 from sde_score._checks import ArgumentError
@@ -133,10 +134,8 @@ def starts(sde_name, count):
     return jax.jit(jax.vmap(ss.marginal(oracle(), sde, sde.t1).sample))(keys)
 
 
-@pytest.mark.parametrize(
-    "sampler", [*SAMPLERS, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)]
-)
-@pytest.mark.parametrize("name", SDES)
+@pytest.mark.parametrize("sampler", [*SAMPLERS, *(slow(name) for name in OTHERS)])
+@pytest.mark.parametrize("name", ["VP", *(slow(name) for name in SDES if name != "VP")])
 def test_moments_of_every_sampler_under_every_sde(name, sampler):
     """Weights, means and covariances of p_t0 within 5 standard errors.
 
@@ -161,7 +160,7 @@ def test_moments_of_every_sampler_under_every_sde(name, sampler):
     assert np.abs(z).max() < 5, f"{report}\nall (w, m, C) by component:\n{z.round(1)}"
 
 
-@pytest.mark.parametrize("sampler", SHORT)
+@pytest.mark.parametrize("sampler", ["ode", *(slow(name) for name in SHORT if name != "ode")])
 def test_sample_i_depends_on_key_i_alone_and_new_numbers_never_trace_again(sampler, x64):
     """Not bitwise: XLA orders the same sums otherwise in another batch size."""
     sde, gmm, keys = ss.VP(t0=1e-2), oracle(), lambda: jax.random.split(jax.random.key(3), 8)

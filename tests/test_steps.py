@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import slow
 from jax.tree_util import Partial
 from test_orders import SDE, order, without_noise
 from test_sampling import SDES, oracle
@@ -192,7 +193,9 @@ WEAK = {  # the step that goes with n steps, and its order
 }
 
 
-@pytest.mark.parametrize("name", WEAK)
+@pytest.mark.parametrize(
+    "name", [slow(name) if name == "edm_stochastic" else name for name in WEAK]
+)
 def test_weak_orders(name, x64):
     """Exact moments of the discrete chain against those of p_t0, as for Euler–Maruyama, for a
     Gaussian with a diagonal covariance, so that EDM's noise stays diagonal too.

@@ -87,6 +87,7 @@ def test_lognormal_times_are_log_normal(x64):
     assert len(np.unique(level)) == 20_000
 
 
+@pytest.mark.slow
 def test_lognormal_times_reach_the_far_tail_in_float32():
     """Where the law's upper end lies 7 deviations above the mean, a probability that float32
     cannot tell from 1.

@@ -197,25 +197,35 @@ def integrate(
     adapt to `rtol` and `atol`, 1e-5 by default. To differentiate with respect to what `field`
     holds, a pytree such as Partial(net.apply, params), pass an `adjoint`:
     diffrax.RecursiveCheckpointAdjoint() (exact gradients of the discrete solve),
-    BacksolveAdjoint() (the adjoint ODE, constant memory, gradients up to the tolerance) or
+    BacksolveAdjoint() (the adjoint ODE, gradients up to the tolerance; memory does not grow with
+    the steps, but under vmap each example carries a gradient of all parameters) or
     DirectAdjoint().
     """
     _checks.check_data("x", x)
+    x, start, stop, how = on_the_way(x, start, stop, solver, ts, rtol, atol, max_steps)
+    saveat = _check_saveat(saveat, start, stop)
+    field = bind(diffeq.like_x, field)
+    return diffeq.solve_ode(field, x, start, stop, **how, saveat=saveat, adjoint=adjoint)
+
+
+def on_the_way(
+    x: Array,
+    start: Scalar,
+    stop: Scalar,
+    solver: diffrax.AbstractSolver | None = None,
+    ts: Array | None = None,
+    rtol: Scalar | None = None,
+    atol: Scalar | None = None,
+    max_steps: int = 4096,
+) -> tuple[Array, Array, Array, dict[str, Any]]:
+    """x and the ends of its way in one dtype, and the solver and its steps between them."""
     x = _checks.at_least_float32(x)
     start, stop = jnp.asarray(start, x.dtype), jnp.asarray(stop, x.dtype)
-    return diffeq.solve_ode(
-        bind(diffeq.like_x, field),
-        x,
-        start,
-        stop,
-        solver=solver or diffrax.Dopri5(),
-        control=make_control(check_ends(ts, start, stop), rtol, atol, max_steps),
-        saveat=_check_saveat(saveat, start, stop),
-        adjoint=adjoint,
-    )
+    control = make_control(_check_ends(ts, start, stop), rtol, atol, max_steps)
+    return x, start, stop, {"solver": solver or diffrax.Dopri5(), "control": control}
 
 
-def check_ends(ts: Array | None, start: Array, stop: Array) -> Array | None:
+def _check_ends(ts: Array | None, start: Array, stop: Array) -> Array | None:
     """`ts` as an array, a grid from `start` to `stop`, which differ."""
     if _checks.is_concrete(start, stop) and np.asarray(start) == np.asarray(stop):
         raise _checks.ArgumentError(
