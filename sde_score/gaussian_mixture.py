@@ -7,7 +7,7 @@ If p_0 = Σ_k w_k N(m_k, C_k), then p_t = Σ_k w_k N(alpha m_k, alpha² C_k + si
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -105,6 +105,36 @@ class GaussianMixture:
         values, vectors = self.spectrum
         weight = jax.nn.softmax(self._log_joint(whitened))
         return -_einsum("k,kij,kj->i", weight, vectors, whitened / jnp.sqrt(values))
+
+    def posterior(self, operator: Callable, y: Float[Array, "*data"], noise: Scalar) -> Self:
+        """p(x | y) where y = A x + noise·z with z ~ N(0, I), of a linear `operator` x ↦ A x.
+
+        With S = A C Aᵀ + noise² I and K = C Aᵀ S⁻¹ its weights are ∝ w N(y; A m, S), its means m +
+        K(y − A m), its covariances (I − K A) C (I − K A)ᵀ + noise² K Kᵀ. Without noise it has no
+        density, but moments, samples and marginals.
+        """
+        _checks.check_positive_number("noise", noise, zero=True)
+        like = jnp.zeros(self.dim, self.means.dtype)
+        shape = jax.eval_shape(operator, like).shape
+        _checks.check_shape("y", jnp.shape(y), shape, "It is one datum, like operator(x).")
+        a = jax.jacfwd(operator)(like).reshape(-1, self.dim)
+        residual = jnp.reshape(y, (1, -1)) - _einsum("ij,kj->ki", a, self.means)
+        cross = _einsum("ij,kjl->kil", a, self.covariances)
+        identity = jnp.eye(len(a), dtype=like.dtype)
+        s = _einsum("kil,jl->kij", cross, a) + (noise**2 * identity)[None]
+        root = jnp.linalg.cholesky(s)
+        solve = jax.vmap(lambda root, b: jax.scipy.linalg.cho_solve((root, True), b))
+        gain = jnp.swapaxes(solve(root, cross), 1, 2)
+        kept = jnp.eye(self.dim, dtype=like.dtype)[None] - _einsum("kij,jl->kil", gain, a)
+        covariances = _einsum("kij,kjl,kml->kim", kept, self.covariances, kept)
+        covariances += noise**2 * _einsum("kij,klj->kil", gain, gain)
+        values, vectors = jnp.linalg.eigh(covariances)
+        log_det = 2.0 * jnp.sum(jnp.log(jnp.diagonal(root, axis1=1, axis2=2)), axis=1)
+        square = jnp.sum(residual * solve(root, residual), axis=1)
+        weights = jax.nn.softmax(jnp.log(self.weights) - 0.5 * (square + log_det))
+        means = self.means + _einsum("kij,kj->ki", gain, residual)
+        spectrum = Spectrum(jnp.maximum(values, 0.0), vectors)
+        return self.tree_unflatten(None, (weights, means, covariances, spectrum))
 
     def _whiten(self, x: Float[Array, " d"]) -> Float[Array, "k d"]:
         """Λ_k^{−½} Q_kᵀ (x − m_k)."""

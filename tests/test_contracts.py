@@ -19,6 +19,7 @@ import sde_score as ss
 
 SDES = {"vp": ss.VP(t0=1e-2), "subvp": ss.SubVP(t0=1e-2), "ve": ss.VE(sigma_max=5.0)}
 X = jnp.array([0.3, -0.4])
+GREY = ss.grey_operator((2,))
 BATCH = jnp.array([[0.3, -0.4], [1.0, 0.2], [-0.7, 0.1]])
 
 
@@ -101,6 +102,25 @@ FUNCTIONS = {
     ),
     "ddim_eta": lambda key, s, sde, t: ss.ddim_eta(t)(key, s, sde, X, t, 0.5 * t),
     "edm_stochastic": lambda key, s, sde, t: ss.edm_stochastic(t)(key, s, sde, X, t, 0.5 * t),
+    "classifier_guidance": lambda key, s, sde, t: ss.classifier_guidance(s, s, 1, scale=t)(X, t),
+    "classifier_free": lambda key, s, sde, t: ss.classifier_free(
+        lambda x, t, context: context * s(x, t), t, 0.0, t, interval=(0.1, t)
+    )(X, t),
+    "classifier_loss": lambda key, s, sde, t: ss.classifier_loss(
+        key, s, sde, BATCH, jnp.array([0, 1, 1])
+    ),
+    "inpaint": lambda key, s, sde, t: ss.inpaint(
+        ss.ddim, t * X, jnp.array([True, False]), num_resamples=2
+    )(key, s, sde, X, t, 0.5 * t),
+    "colourise": lambda key, s, sde, t: ss.colourise(ss.ddim, t)(
+        key, lambda x, t: -t * x, sde, jnp.ones(3), t, 0.5 * t
+    ),
+    "dps": lambda key, s, sde, t: ss.dps(s, sde, GREY, t, scale=t)(X, t),
+    "pgdm": lambda key, s, sde, t: ss.pgdm(s, sde, GREY, t, noise=t, sigma_data=t)(X, t),
+    "twisted_smc": lambda key, s, sde, t: ss.twisted_smc(
+        key, s, sde, GREY, t, noise=t, num_particles=3, ts=ss.uniform_grid(sde, 2)
+    ),
+    "random_projection": lambda key, s, sde, t: ss.random_projection(key, (2,), 1)(t * X),
     "score_from_preconditioned": lambda key, s, sde, t: ss.score_from_preconditioned(
         sde, s, sigma_data=t
     )(X, t),
@@ -182,10 +202,13 @@ ELSEWHERE = {  # traced once in tests of their own, or inside a function above
     *("reverse_diffusion", "ancestral_beta", "langevin"),
     *("karras_grid", "likelihood_times", "noise_weight", "likelihood_weight"),
     *("rademacher_probes", "gaussian_probes", "sphere_probes", "make_train_step"),
+    *("add_guidance", "condition", "keep_observed", "linear_operator", "with_singular_values"),
+    *("mask_operator", "grey_operator", "downsampling_operator", "blur_operator"),
     *("lognormal_times", "grid_times", "min_snr_weight", "static_threshold", "dynamic_threshold"),
 }
 UNTRACED = {"map_in_chunks", "print_progress", "dataset_log_likelihood", "confidence_interval"}
 UNTRACED |= {"summarize_diagnosis"}
+UNTRACED |= {"train", "make_mesh", "replicate", "shard_batches", "shard_params"}
 UNTRACED |= {"fit", "init_train_state", "load_params", "save_params", "register_pytree"}
 
 
@@ -257,12 +280,15 @@ ARGUMENTS = {
     "batch": BATCH,
     "field": lambda x, t: -x,
     **{"method": None, "sampler": None},
+    **{"operator": None, "y": None, "noise": 0.1, "num_particles": 1},
+    **{"logits_fn": None, "labels": None},
     "step_size": 0.1,
     "num_steps": 1,
     "loss_fn": lambda params, key, batch: params["w"],
     "params": {"w": jnp.array(1.0)},
     "optimizer": None,
     "batches": None,
+    "folder": "none",
     "ts": np.array([1.0, 0.5]),
     "log_prob": lambda x: -0.5 * jnp.sum(x**2),
 }

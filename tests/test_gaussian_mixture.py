@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import mixture
+from jax.scipy.stats import norm
 from scipy.special import logsumexp
 from scipy.stats import multivariate_normal
 from test_sde import sdes, times, within
@@ -184,6 +185,44 @@ def test_a_replaced_covariance_brings_its_own_spectrum():
     assert "spectrum" not in repr(wide) and wide != gmm
 
 
+def test_posterior_by_bayes_rule(x64):
+    """log p(x | y) − log p(x) − log N(y; A x, noise²) is one constant, −log p(y), and that density
+    integrates to 1 over y by the trapezoidal rule; in 16 dimensions too.
+    """
+    gmm, a = GaussianMixture(*mixture(np.float64)), np.array([[1.0, -0.7]])
+    operator = lambda x: a @ x  # noqa: E731
+
+    def log_evidence(gmm, operator, y, points):
+        posterior = gmm.posterior(operator, y, 0.3)
+        likelihood = jax.vmap(lambda x: norm.logpdf(y, operator(x), 0.3).sum())(points)
+        return jax.vmap(gmm.log_prob)(points) + likelihood - jax.vmap(posterior.log_prob)(points)
+
+    ys = np.linspace(-6.0, 6.0, 241)
+    values = jax.jit(jax.vmap(lambda y: log_evidence(gmm, operator, y[None], POINTS)))(ys)
+    np.testing.assert_allclose(values, np.tile(values[:, :1], (1, 5)), rtol=1e-8)
+    np.testing.assert_allclose(np.exp(values[:, 0]).sum() * (ys[1] - ys[0]), 1.0, rtol=1e-9)
+    rng = np.random.default_rng(3)
+    b, gmm = rng.normal(size=(2, 3, 16)), GaussianMixture(*random_mixture(3, 16))
+    operator = lambda x: jnp.tensordot(b, x, 1)  # noqa: E731
+    arguments = rng.normal(size=(2, 3)), rng.normal(size=(4, 16))
+    values = jax.jit(lambda y, points: log_evidence(gmm, operator, y, points))(*arguments)
+    np.testing.assert_allclose(values, np.full(4, values[0]), rtol=1e-9)
+
+
+def test_posterior_without_noise(x64):
+    """The known entry is y in every sample; weights and the other's law are the limit of little
+    noise; and its marginals have scores.
+    """
+    gmm, first = GaussianMixture(*mixture(np.float64)), lambda x: x[:1]
+    make = jax.jit(lambda noise: gmm.posterior(first, np.array([0.3]), noise))
+    posterior, near = make(0.0), make(1e-4)
+    draws = jax.jit(jax.vmap(posterior.sample))(jax.random.split(jax.random.key(0), 5))
+    np.testing.assert_allclose(draws[:, 0], 0.3, atol=1e-8)  # the root of a rounded eigenvalue
+    for got, want in zip(jax.tree.leaves(posterior)[:3], jax.tree.leaves(near)[:3], strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-7)
+    assert np.isfinite(exact_score(posterior, VP())(jnp.array([0.3, 0.1]), 0.2)).all()
+
+
 def one(**changes):
     """A standard normal in two dimensions, but for the changes."""
     parameters = {"weights": [1.0], "means": [[0.0, 0.0]], "covariances": [np.eye(2)]}
@@ -215,6 +254,14 @@ BAD = {
     "wrong dimension": (lambda: one().log_prob(jnp.ones(3)), r"`x` must have shape \(2,\); got"),
     "raw key": (lambda: one().sample(jax.random.PRNGKey(0)), "`key` must be a typed key"),
     "late": (lambda: posterior_mean(one(), VP(), jnp.ones(2), 1.5), r"`t` must lie in \[t0, t1\]"),
+    "posterior's data": (
+        lambda: one().posterior(lambda x: x[:1], jnp.ones(2), 0.1),
+        r"`y` must have shape \(1,\); got \(2,\)",
+    ),
+    "negative noise": (
+        lambda: one().posterior(lambda x: x[:1], jnp.ones(1), -0.1),
+        "`noise` must be finite and at least 0; got -0.1",
+    ),
     "flow's time": (
         lambda: gaussian_flow(one(), VP(), jnp.ones(2), 0.0, 0.5),
         r"`t` must lie in \[t0, t1\]",

@@ -23,7 +23,7 @@ ROWS = [
     ["chunks", "quantization", "sde", "divergence", "metrics", "data", "nets", "operators"],
     ["parameterization", "_solvers", "diffeq", "losses", "baselines", "gaussian_mixture"],
     ["sampling", "guidance", "inverse"],
-    ["flow", "likelihood", "evaluation", "diagnostics", "training"],
+    ["flow", "likelihood", "evaluation", "diagnostics", "training", "pretrained"],
     ["__init__"],
     ["plots"],
 ]

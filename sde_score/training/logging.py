@@ -1,9 +1,12 @@
-"""What `fit` tells while it runs: a bar on a terminal, plain lines elsewhere."""
+"""What training tells: on a terminal while it runs, and in a file of JSON lines for good."""
 
+import json
+import os
 import sys
 import time
 from collections.abc import Callable
-from typing import TypeAlias
+from pathlib import Path
+from typing import Any, TypeAlias
 
 Report: TypeAlias = Callable[[int, int, int, float], None]
 """`report(start, stop, num_steps, loss)`: steps start … stop − 1 of num_steps are done, with that
@@ -24,3 +27,38 @@ def report_progress(start: int, stop: int, num_steps: int, loss: float) -> None:
     elif stop * _LINES // num_steps > start * _LINES // num_steps:
         sys.stderr.write(f"{time.strftime('%H:%M:%S')} step {stop}/{num_steps}  loss {loss:.4f}\n")
     sys.stderr.flush()
+
+
+class JsonLines:
+    """Rows of metrics in a file, one JSON object a line; its three methods make any logger."""
+
+    def __init__(self, path: str | os.PathLike) -> None:
+        self.path = Path(path)
+        self._file = self.path.open("a")
+
+    def resume(self, step: int) -> dict[str, Any]:
+        """Drop the rows after `step`, and a line that a kill tore; returns the last row left."""
+        rows = []
+        self._file.close()
+        for line in self.path.read_text().splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                break
+            if row["step"] > step:
+                break
+            rows.append(row)
+        partial = self.path.with_name(f".{self.path.name}.partial")
+        partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        os.replace(partial, self.path)
+        self._file = self.path.open("a")
+        return rows[-1] if rows else {}
+
+    def write(self, row: dict[str, Any]) -> None:
+        """One row, with its "step", handed to the operating system before this returns."""
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """No more rows."""
+        self._file.close()

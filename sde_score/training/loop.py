@@ -52,50 +52,54 @@ def fit(
         )
     state = init_train_state(params, optimizer)
     train_step = make_train_step(loss_fn, optimizer, ema_decay=ema_decay)
-    run = jax.jit(
-        partial(_run_one if steps_per_dispatch == 1 else _run_chunk, train_step), donate_argnums=0
-    )
+    run = make_dispatch(train_step, steps_per_dispatch)
     batches = travelling(batches)
     losses = np.empty(num_steps, np.float32)
-    chunk = np.zeros(steps_per_dispatch, np.float32)
 
-    def settle(start: int, stop: int, chunk_losses: Array) -> None:
-        losses[start:stop] = np.asarray(chunk_losses)[: stop - start]
-        _check_finite(losses, start, stop)
+    def settle(start: int, stop: int, metrics: dict[str, Array]) -> None:
+        losses[start:stop] = np.asarray(metrics["loss"])[: stop - start]
+        check_finite(losses[start:stop], start, state.params)
         if report is not None:
             report(start, stop, num_steps, float(losses[start:stop].mean()))
 
     pending = []  # losses are read one dispatch late, so that the device never waits
     for start in range(0, num_steps, steps_per_dispatch):
         stop = min(start + steps_per_dispatch, num_steps)
-        state, chunk_losses = run(state, key, batches, chunk, stop - start)
-        pending.append((start, stop, chunk_losses))
+        state, metrics = run(state, key, batches, stop - start)
+        pending.append((start, stop, metrics))
         if len(pending) == 2:
             settle(*pending.pop(0))
     settle(*pending.pop())
     return state, losses
 
 
-def _run_chunk(
+def make_dispatch(train_step: TrainStep, size: int) -> Callable:
+    """The jitted (state, key, batches, count) -> (state, {"loss": [size], "grad_norm": [size]}),
+    `count` ≤ `size` steps in one program; the metrics lie in front. The state is donated.
+    """
+    run = jax.jit(partial(_run_one if size == 1 else _run_many, train_step), donate_argnums=0)
+    rows = {name: np.zeros(size, np.float32) for name in ("loss", "grad_norm")}
+    return lambda state, key, batches, count: run(state, key, batches, rows, count)
+
+
+def _run_many(
     train_step: TrainStep,
     state: TrainState,
     key: Key,
     batches: Callable,
-    losses: Array,
+    rows: dict[str, Array],
     count: Array,
-) -> tuple[TrainState, Array]:
-    """`count` steps in a loop; their losses lie in the front of `losses`. A count that is traced:
-    one compilation.
-    """
+) -> tuple[TrainState, dict[str, Array]]:
+    """In a loop. A count that is traced: one compilation."""
 
-    def body(i: Array, carry: tuple[TrainState, Array]) -> tuple[TrainState, Array]:
-        state, losses = carry
+    def body(i: Array, carry: tuple) -> tuple:
+        state, rows = carry
         state, metrics = train_step(
             state, jax.random.fold_in(key, state.step), batches(state.step)
         )
-        return state, losses.at[i].set(metrics["loss"].astype(losses.dtype))
+        return state, {name: row.at[i].set(metrics[name]) for name, row in rows.items()}
 
-    return jax.lax.fori_loop(0, count, body, (state, losses))
+    return jax.lax.fori_loop(0, count, body, (state, rows))
 
 
 def _run_one(
@@ -103,20 +107,23 @@ def _run_one(
     state: TrainState,
     key: Key,
     batches: Callable,
-    losses: Array,
+    rows: dict[str, Array],
     count: Array,
-) -> tuple[TrainState, Array]:
-    """One step outside any loop."""
+) -> tuple[TrainState, dict[str, Array]]:
+    """Outside any loop."""
     state, metrics = train_step(state, jax.random.fold_in(key, state.step), batches(state.step))
-    return state, jnp.reshape(metrics["loss"], 1)
+    return state, {name: jnp.reshape(metrics[name], 1) for name in rows}
 
 
-def _check_finite(losses: np.ndarray, start: int, stop: int) -> None:
-    bad = np.flatnonzero(~np.isfinite(losses[start:stop]))
+def check_finite(losses: np.ndarray, start: int, params: Params) -> None:
+    """The losses from step `start` on are numbers; else the leaf of `params` at fault is named."""
+    bad = np.flatnonzero(~np.isfinite(losses))
     if bad.size:
+        leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+        broken = [jax.tree_util.keystr(path) for path, x in leaves if not jnp.isfinite(x).all()]
+        first = f", and params{broken[0]} is not finite since" if broken else ""
         raise FloatingPointError(
-            f"The loss is {losses[start + bad[0]]} at step {start + bad[0]}: training stopped. "
-            "Lower the learning rate, "
-            "clip the gradients (optax.clip_by_global_norm), or look for values that are not "
-            "finite in the data."
+            f"The loss is {losses[bad[0]]} at step {start + bad[0]}{first}: training stopped. "
+            "Lower the learning rate, clip the gradients (optax.clip_by_global_norm), or look for "
+            "values that are not finite in the data."
         )

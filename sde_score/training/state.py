@@ -44,14 +44,20 @@ def init_train_state(params: Params, optimizer: optax.GradientTransformation) ->
 
 
 def make_train_step(
-    loss_fn: LossFn, optimizer: optax.GradientTransformation, *, ema_decay: float = 0.999
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    *,
+    ema_decay: float = 0.999,
+    num_parts: int = 1,
 ) -> TrainStep:
     """The pure function (state, key, batch) -> (state, {"loss", "grad_norm"}) that descends
     loss_fn(params, key, batch).
 
     The average decays by min(ema_decay, (1 + step)/(10 + step)), so that it forgets the initial
-    parameters early on.
+    parameters early on. With `num_parts` above 1 the gradient of a batch is the mean over so many
+    parts of it, one at a time in memory, part i with the key fold_in(key, i).
     """
+    _checks.check_count("num_parts", num_parts)
     _checks.check_positive("ema_decay", ema_decay, zero=True)
     if ema_decay >= 1:
         raise _checks.ArgumentError(
@@ -59,7 +65,7 @@ def make_train_step(
         )
 
     def train_step(state: TrainState, key: Key, batch: Any) -> tuple[TrainState, dict[str, Array]]:
-        loss, grads = jax.value_and_grad(_scalar_loss)(state.params, loss_fn, key, batch)
+        loss, grads = _value_and_grad(loss_fn, state.params, key, batch, num_parts)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
@@ -70,6 +76,31 @@ def make_train_step(
         return TrainState(state.step + 1, params, ema_params, opt_state), metrics
 
     return train_step
+
+
+def _value_and_grad(
+    loss_fn: LossFn, params: Params, key: Key, batch: Any, num_parts: int
+) -> tuple[Scalar, Params]:
+    value_and_grad = jax.value_and_grad(_scalar_loss)
+    if num_parts == 1:
+        return value_and_grad(params, loss_fn, key, batch)
+    for leaf in jax.tree.leaves(batch):
+        if len(leaf) % num_parts:
+            raise _checks.ArgumentError(
+                f"`num_parts` must divide the batch; got {num_parts} for {len(leaf)} examples."
+            )
+    parts = jax.tree.map(lambda x: x.reshape(num_parts, -1, *x.shape[1:]), batch)
+    first = lambda part: value_and_grad(params, loss_fn, key, part)  # noqa: E731
+    shapes = jax.eval_shape(first, jax.tree.map(lambda x: x[0], parts))
+    zero = jax.tree.map(lambda like: jnp.zeros(like.shape, like.dtype), shapes)
+
+    def add(total: Any, item: tuple) -> tuple[Any, None]:
+        i, part = item
+        new = value_and_grad(params, loss_fn, jax.random.fold_in(key, i), part)
+        return jax.tree.map(jnp.add, total, new), None
+
+    total, _ = jax.lax.scan(add, zero, (jnp.arange(num_parts), parts))
+    return jax.tree.map(lambda x: x / num_parts, total)
 
 
 def _scalar_loss(params: Params, loss_fn: LossFn, key: Key, batch: Any) -> Scalar:

@@ -1,0 +1,59 @@
+"""What a published file must hold, and its arrays in the places of our parameters."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from sde_score import _checks
+
+
+class Entry(NamedTuple):
+    """Where an array of the file belongs, its shape there, and what makes it ours."""
+
+    path: tuple[str, ...]
+    shape: tuple[int, ...]
+    convert: Callable[[np.ndarray], np.ndarray] = np.asarray
+
+
+def conv_kernel(shape: tuple[int, ...]) -> tuple[tuple[int, ...], Callable]:
+    """PyTorch's shape (O, I, H, W) of our convolution kernel (H, W, I, O), and what turns it."""
+    height, width, num_in, num_out = shape
+    return (num_out, num_in, height, width), lambda w: w.transpose(2, 3, 1, 0)
+
+
+def dense_kernel(shape: tuple[int, ...], *, conv: bool) -> tuple[tuple[int, ...], Callable]:
+    """PyTorch's shape of our dense kernel (I, O), a linear layer's or a 1 × 1 convolution's."""
+    there = (shape[1], shape[0], 1, 1) if conv else (shape[1], shape[0])
+    return there, lambda w: w.reshape(w.shape[:2]).T
+
+
+def fill(arrays: Mapping[str, np.ndarray], layout: Mapping[str, Entry]) -> dict[str, Any]:
+    """The variables of a network from a file's arrays, in float32."""
+    variables: dict[str, Any] = {}
+    for name, (path, _, convert) in layout.items():
+        node = variables
+        for part in path[:-1]:
+            node = node.setdefault(part, {})
+        leaf: Array = jnp.asarray(convert(arrays[name]), jnp.float32)
+        node[path[-1]] = leaf
+    return variables
+
+
+def check_same(path: Any, arrays: Mapping[str, np.ndarray], layout: Mapping[str, Entry]) -> None:
+    """The names and shapes in the file `path` are those of the layout."""
+    differences = [f"{n}: missing, of shape {layout[n].shape}" for n in layout if n not in arrays]
+    for name, array in arrays.items():
+        if name not in layout:
+            differences.append(f"{name}: unexpected, of shape {np.shape(array)}")
+        elif np.shape(array) != layout[name].shape:
+            want = layout[name].shape
+            differences.append(f"{name}: shape {np.shape(array)} instead of {want}")
+    if differences:
+        shown = "\n  ".join(differences[:5])
+        raise _checks.ArgumentError(
+            f"`{path}` must hold the parameters of its configuration; {len(differences)} differ:"
+            f"\n  {shown}\nGive the configuration that it was trained with."
+        )

@@ -1,0 +1,136 @@
+"""A model in one file of our own: safetensors, with networks, SDEs and functions by their names.
+
+The metadata are JSON; only what the tables below name can be made from a file, and nothing is
+imported or called for it.
+"""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import Partial
+
+from sde_score import _checks, parameterization
+from sde_score._typing import bind
+from sde_score.nets.mlp import MLP
+from sde_score.nets.unet import UNet
+from sde_score.pretrained import diffusers, score_sde
+from sde_score.pretrained.score_sde import Pretrained
+from sde_score.sde import VE, VP, SubVP
+from sde_score.training.parameters import load_params, save_params
+
+CLASSES = {cls.__name__: cls for cls in (UNet, MLP, VP, SubVP, VE)}
+ACTIVATIONS = {"swish": nn.swish, "relu": nn.relu, "elu": nn.elu, "tanh": nn.tanh, "gelu": nn.gelu}
+ACTIVATIONS |= score_sde._TABLES["nonlinearity"]
+_MADE = ("score_fn", "net_fn")
+FUNCTIONS = {
+    function.__name__: function
+    for function in (
+        parameterization._score_from_noise,
+        parameterization._score_from_denoiser,
+        parameterization._score_from_velocity,
+        parameterization._score_from_preconditioned,
+        score_sde._vp_score,
+        score_sde._ve_score,
+        score_sde._divided,
+        diffusers._noise_at_step,
+    )
+}
+
+
+def save_pretrained(path: str | os.PathLike, pretrained: Pretrained) -> None:
+    """Write a model to one file, all or nothing; `load_pretrained` returns it as it was.
+
+    The network is a `UNet` or `MLP` over VP, sub-VP or VE; `score_fn` and `net_fn` are made of
+    its `apply`, `params` and the functions of `sde_score.parameterization`, or come from a loader
+    here.
+    """
+    arrays: dict[str, Any] = {}
+    metadata = {name: _describe(getattr(pretrained, name), pretrained, arrays) for name in _MADE}
+    metadata |= {"net": _fields(pretrained.net), "sde": _fields(pretrained.sde)}
+    metadata["data_range"] = [float(end) for end in pretrained.data_range]
+    save_params(path, {"params": pretrained.params, "arrays": arrays}, metadata)
+
+
+def load_pretrained(path: str | os.PathLike) -> Pretrained:
+    """The model in a file of `save_pretrained`, exactly; the file is not trusted."""
+    try:
+        tree, metadata = load_params(path)
+        net, sde = _made(metadata["net"]), _made(metadata["sde"])
+        parts = {"net": bind(net.apply, tree["params"]), **tree.get("arrays", {})}
+        low, high = metadata["data_range"]
+        functions = [_restore(metadata[name], parts) for name in _MADE]
+    except _checks.ArgumentError:
+        raise
+    except Exception as error:  # whatever a foreign file leads to
+        raise _checks.ArgumentError(
+            f"`path` must be a file of save_pretrained; got {os.fspath(path)} "
+            f"({type(error).__name__}: {error}). For parameters alone take load_params."
+        ) from error
+    return Pretrained(net, tree["params"], sde, (low, high), *functions)
+
+
+def _describe(value: Any, model: Pretrained, arrays: dict[str, Any]) -> Any:
+    """A function as JSON; the arrays that it holds go to `arrays`, under their number."""
+    if isinstance(value, Partial):
+        if value.func == model.net.apply:
+            if jax.tree.all(jax.tree.map(np.array_equal, value.args, (model.params,))):
+                return "net"
+        name = getattr(value.func, "__name__", "")
+        if FUNCTIONS.get(name) is value.func and not value.keywords:
+            return {"function": name, "args": [_describe(a, model, arrays) for a in value.args]}
+        raise _checks.ArgumentError(
+            f"`pretrained` must have functions of its net, its params and {list(FUNCTIONS)}; got "
+            f"{name or value.func!r}. Save the parameters of others with save_params."
+        )
+    if type(value) in (VP, SubVP, VE):
+        return _fields(value)
+    if value is None or type(value) in (int, float):
+        return value
+    name = f"{len(arrays)}"
+    arrays[name] = jnp.asarray(value)
+    return name
+
+
+def _restore(description: Any, parts: Mapping[str, Any]) -> Any:
+    if isinstance(description, dict) and "class" in description:
+        return _made(description)
+    if isinstance(description, dict):
+        args = [_restore(argument, parts) for argument in description["args"]]
+        return Partial(FUNCTIONS[description["function"]], *args)
+    return parts[description] if isinstance(description, str) else description
+
+
+def _fields(instance: Any) -> dict[str, Any]:
+    """The class's name and its fields as JSON: activations and dtypes by their names."""
+    fields = [f.name for f in dataclasses.fields(instance) if f.name not in ("parent", "name")]
+    values = {name: getattr(instance, name) for name in fields}
+    if "activation" in values:
+        names = {function: name for name, function in ACTIVATIONS.items()}
+        values["activation"] = names.get(values["activation"])
+    name = type(instance).__name__
+    if CLASSES.get(name) is not type(instance) or values.get("activation", "") is None:
+        raise _checks.ArgumentError(
+            f"`pretrained` must have a network and an SDE of {list(CLASSES)}, with activation in "
+            f"{list(ACTIVATIONS)}; got {instance}. Save others' parameters with save_params."
+        )
+    if values.get("dtype") is not None:
+        values["dtype"] = jnp.dtype(values["dtype"]).name
+    if not isinstance(instance, nn.Module):
+        values = {name: float(value) for name, value in values.items()}
+    return {"class": name, **values}
+
+
+def _made(description: dict[str, Any]) -> Any:
+    """The instance of `_fields`; its class refuses what is wrong."""
+    values: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in description.items()}
+    if values.get("dtype") is not None:
+        values["dtype"] = jnp.dtype(values["dtype"])
+    if "activation" in values:
+        values["activation"] = ACTIVATIONS[values["activation"]]
+    return CLASSES[values.pop("class")](**values)

@@ -1,0 +1,227 @@
+"""Checkpoints of a training state, verified before they are restored.
+
+Orbax writes them in the background and renames them when they are whole, but notices neither a
+flipped bit nor another dtype. So each has a manifest beside it: the SHA-256 of every file, of the
+manifest itself too, the names, shapes and dtypes of the arrays, and the configuration, versions
+and device of the run. What has no manifest, or another one, is no checkpoint.
+
+    folder/00001000/        orbax's files
+    folder/00001000.json    the manifest, written last
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from concurrent.futures import Future, ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.tree_util import keystr, tree_flatten_with_path
+
+from sde_score import _checks
+from sde_score.training.state import TrainState
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+class Checkpoints:
+    """The checkpoints in `folder`: the last `keep` and the one with the least `best`, a name among
+    the metrics given to `save`, are kept. `config` is JSON that a run to resume must share.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        *,
+        config: Any = None,
+        keep: int = 3,
+        best: str | None = None,
+    ) -> None:
+        from orbax.checkpoint import StandardCheckpointer  # slow to import
+
+        _checks.check_count("keep", keep)
+        self.folder, self.config = Path(folder).absolute(), json.loads(json.dumps(config))
+        self.keep, self.best = keep, best
+        self._orbax, self._thread = StandardCheckpointer(), ThreadPoolExecutor(1)
+        self._pending: Future | None = None
+        _act(self.folder, lambda: self.folder.mkdir(parents=True, exist_ok=True))
+
+    def save(self, state: TrainState, metrics: dict[str, float] | None = None) -> None:
+        """Begin to write `state`; returns when its arrays may change. An earlier save that failed
+        is raised here or by `wait`.
+        """
+        self.wait()
+        step = int(state.step)
+        path = self.folder / f"{step:08d}"
+        record = {"step": step, "metrics": metrics or {}, "config": self.config}
+        record |= {"versions": {name: version(name) for name in _PACKAGES}, "tree": _tree(state)}
+        record["device"] = f"{jax.device_count()} × {jax.devices()[0].device_kind}"
+        _act(path, lambda: self._orbax.save(path, state, force=True))
+        self._pending = self._thread.submit(self._finish, path, record)
+
+    def wait(self) -> None:
+        """Return when the last save is whole, its manifest written and old ones are gone."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def restore(self, like: TrainState) -> TrainState | None:
+        """The newest checkpoint that is whole, with the structure and on the devices of `like`;
+        None in an empty folder. Damaged ones are named in a warning and set aside.
+        """
+        self.wait()
+        self._clean()
+        damaged = []
+        for manifest in sorted(self.folder.glob("[0-9]*.json"), reverse=True):
+            record, fault = _verified(manifest)
+            if record is None:
+                damaged.append(fault)
+                warnings.warn(f"{fault}: this checkpoint is not restored.", stacklevel=2)
+                self._set_aside(manifest)
+                continue
+            _check_same(manifest, record, {"config": self.config, "tree": _tree(like)})
+            return self._orbax.restore(manifest.with_suffix(""), _abstract(like))
+        if damaged:
+            raise _checks.ArgumentError(
+                f"`folder` must hold a whole checkpoint; got {self.folder}, where none is: "
+                f"{'; '.join(damaged)}. Start again in another folder."
+            )
+        return None
+
+    def close(self) -> None:
+        """Wait, and give orbax's threads back."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+            self._orbax.close()
+
+    def _finish(self, path: Path, record: dict) -> None:
+        _act(path, self._orbax.wait_until_finished)
+        _act(path, lambda: _write_manifest(path, record))
+        self._prune()
+
+    def _prune(self) -> None:
+        records = {path: _verified(path, files=False)[0] for path in self._manifests()}
+        good = {path: record for path, record in records.items() if record is not None}
+        kept = set(sorted(good)[-self.keep :])
+        scored = {
+            path: r["metrics"][self.best] for path, r in good.items() if self.best in r["metrics"]
+        }
+        kept |= {min(scored, key=scored.__getitem__)} if scored else set()
+        for path in good.keys() - kept:
+            path.unlink()  # first: without it the rest is no checkpoint
+            shutil.rmtree(path.with_suffix(""), ignore_errors=True)
+
+    def _manifests(self) -> list[Path]:
+        return sorted(self.folder.glob("[0-9]*.json"))
+
+    def _clean(self) -> None:
+        """Remove what a kill left: folders without a manifest, orbax's unfinished ones."""
+        whole = {path.stem for path in self._manifests()}
+        for path in self.folder.iterdir():
+            if path.is_dir() and path.name not in whole and path.name[0].isdigit():
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _set_aside(self, manifest: Path) -> None:
+        for path in (manifest, manifest.with_suffix("")):
+            with contextlib.suppress(OSError):
+                aside = path.with_name(f"damaged-{path.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                os.replace(path, aside)
+
+
+def _act(path: Path, action: Any) -> None:
+    try:
+        action()
+    except (OSError, ValueError) as error:  # tensorstore raises its own ValueError
+        raise OSError(
+            f"The checkpoint {path} could not be written: {error}. Those before it are whole. "
+            "Make room, or choose another folder."
+        ) from error
+
+
+def _tree(state: Any) -> dict[str, str]:
+    leaves, _ = tree_flatten_with_path(state)
+    return {keystr(path): f"{np.dtype(leaf.dtype)}{list(leaf.shape)}" for path, leaf in leaves}
+
+
+def _abstract(like: Any) -> Any:
+    describe = lambda leaf: jax.ShapeDtypeStruct(  # noqa: E731
+        leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None)
+    )
+    return jax.tree.map(describe, like)
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """The SHA-256 of every file below `folder`."""
+    digests = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        with path.open("rb") as file:
+            digests[str(path.relative_to(folder))] = hashlib.file_digest(
+                file, "sha256"
+            ).hexdigest()
+    return digests
+
+
+def _seal(record: dict) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def _write_manifest(path: Path, record: dict) -> None:
+    """All or nothing, and on the disk before it counts."""
+    record = record | {"files": _digests(path)}
+    partial = path.with_suffix(".partial")
+    with partial.open("w") as file:
+        json.dump(record | {"sha256": _seal(record)}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path.with_suffix(".json"))
+
+
+def _verified(manifest: Path, *, files: bool = True) -> tuple[dict | None, str]:
+    """The record, or None and the file that is not as it was written."""
+    try:
+        record = json.loads(manifest.read_bytes())
+        seal = record.pop("sha256")
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return None, f"{manifest} is damaged"
+    if _seal(record) != seal or f"{record['step']:08d}" != manifest.stem:
+        return None, f"{manifest} is damaged"
+    found = _digests(manifest.with_suffix("")) if files else record["files"]
+    for name in sorted(found.keys() | record["files"].keys()):
+        if found.get(name) != record["files"].get(name):
+            fault = "is missing" if name not in found else "is damaged"
+            return None, f"{manifest.with_suffix('') / name} {fault}"
+    return record, ""
+
+
+def _check_same(manifest: Path, record: dict, wanted: dict) -> None:
+    """Nothing differs between the checkpoint and the run that would resume it."""
+    differences = []
+    for part, want in wanted.items():
+        here, there = _flat(want), _flat(record[part])
+        differences += [
+            f"{part}{name}: {there.get(name, 'absent')} in the checkpoint, "
+            f"{here.get(name, 'absent')} now"
+            for name in sorted(here.keys() | there.keys())
+            if here.get(name, "absent") != there.get(name, "absent")
+        ]
+    if differences:
+        shown = "\n  ".join(differences[:5])
+        raise _checks.ArgumentError(
+            f"`like` and `config` must be those of {manifest}; {len(differences)} differ:\n  "
+            f"{shown}\nResume with what the run began with, or start in another folder."
+        )
+
+
+def _flat(tree: Any, name: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {name: tree}
+    return {k: v for key, value in tree.items() for k, v in _flat(value, f"{name}.{key}").items()}

@@ -1,0 +1,202 @@
+"""`train`: `fit` with checkpoints, for runs that outlive their process.
+
+The key, the batch and the noise of a step are functions of (key, step), and a state is restored as
+it was saved: a run that is killed and resumed ends where the run that was not ends, bit for bit on
+a CPU.
+"""
+
+import contextlib
+import os
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from sde_score import _checks
+from sde_score._typing import Key, Params, travelling
+from sde_score.training.checkpoint import Checkpoints
+from sde_score.training.logging import JsonLines, Report, report_progress
+from sde_score.training.loop import check_finite, make_dispatch
+from sde_score.training.state import LossFn, TrainState, init_train_state, make_train_step
+
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: run the same command again
+_RUNNING = 0.9  # decay of the running mean of the loss, a row at a time
+
+
+class Preempted(SystemExit):
+    """A signal ended the run after its last step was saved; the process exits with status 75."""
+
+
+def train(
+    key: Key,
+    loss_fn: LossFn,
+    params: Params,
+    optimizer: optax.GradientTransformation,
+    batches: Callable[[Any], Any],
+    *,
+    num_steps: int,
+    folder: str | os.PathLike,
+    config: Any = None,
+    resume: bool | None = None,
+    save_every: int = 1000,
+    log_every: int = 100,
+    scan: bool = True,
+    ema_decay: float = 0.999,
+    num_parts: int = 1,
+    keep: int = 3,
+    best: str | None = None,
+    evaluate: Callable[[TrainState], dict[str, float]] | None = None,
+    evaluate_every: int = 10_000,
+    feed: Callable[[int, int], Callable] | None = None,
+    logger: Any = None,
+    report: Report | None = report_progress,
+) -> TrainState:
+    """`fit`, saved to folder/checkpoints every `save_every` steps and resumed from there.
+
+    `resume` True demands a checkpoint, False an empty folder, None takes what there is. Each
+    `log_every` steps, one dispatch with `scan`, make a row of folder/metrics.jsonl: the loss, its
+    running mean, the gradient's norm and, each `evaluate_every` steps, what evaluate(state)
+    returns; folder/speed.jsonl has what no two runs share. `logger` replaces the first: an object
+    with `JsonLines`'s methods. On SIGTERM, SIGINT or SIGUSR1 the row is finished and saved, and
+    `Preempted` raised.
+
+    Where data do not fit on the device, `feed(start, stop)` returns the function from step to
+    batch of these steps, in place of `batches`. `config`, JSON, is compared when a run resumes.
+    """
+    _check(key, num_steps, save_every, log_every, evaluate_every)
+    folder, size = Path(folder), log_every if scan else 1
+    batches = travelling(batches)
+    state = init_train_state(params, optimizer)
+    step_fn = make_train_step(loss_fn, optimizer, ema_decay=ema_decay, num_parts=num_parts)
+    run = make_dispatch(step_fn, size)
+    checkpoints = Checkpoints(folder / "checkpoints", config=config, keep=keep, best=best)
+    with contextlib.closing(checkpoints), _signals() as arrived:
+        state = _start(checkpoints, state, resume)
+        start = int(state.step)
+        logger = JsonLines(folder / "metrics.jsonl") if logger is None else logger
+        speed = JsonLines(folder / "speed.jsonl")
+        with contextlib.closing(logger), contextlib.closing(speed):
+            speed.resume(start)
+            running = logger.resume(start).get("loss_running")
+            while start < num_steps:
+                clock = time.perf_counter()
+                stop = min(start - start % log_every + log_every, num_steps)
+                some = batches if feed is None else travelling(feed(start, stop))
+                state, found = _steps(run, state, key, some, start, stop, size)
+                check_finite(found["loss"], start, state.params)
+                row = {"step": stop} | {name: float(x.mean()) for name, x in found.items()}
+                running = row["loss"] if running is None else running
+                running = row["loss_running"] = _RUNNING * running + (1 - _RUNNING) * row["loss"]
+                if evaluate is not None and (stop % evaluate_every == 0 or stop == num_steps):
+                    row |= evaluate(state)
+                logger.write(row)  # before the save: no row of a restored step is missing
+                speed.write(_speed(stop, stop - start, num_steps, time.perf_counter() - clock))
+                if report is not None:
+                    report(start, stop, num_steps, row["loss"])
+                if arrived or stop % save_every == 0 or stop == num_steps:
+                    checkpoints.save(state, row)
+                if arrived and stop < num_steps:
+                    checkpoints.wait()
+                    _give_way(arrived[0], stop)
+                start = stop
+    return state
+
+
+def _steps(
+    run: Callable, state: TrainState, key: Key, batches: Callable, start: int, stop: int, size: int
+) -> tuple[TrainState, dict[str, np.ndarray]]:
+    """The steps from `start` to `stop`, and their metrics."""
+    rows = []
+    try:
+        for first in range(start, stop, size):
+            state, metrics = run(state, key, batches, min(size, stop - first))
+            rows.append(metrics)
+        found = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise MemoryError(
+            f"Steps {start} to {stop} do not fit into the device's memory. Lower the batch size, "
+            "raise `num_parts`, set the network's `remat` or dtype=jnp.bfloat16, or shard over "
+            "more devices."
+        ) from error
+    return state, {name: x[: stop - start] for name, x in found.items()}
+
+
+def _start(checkpoints: Checkpoints, state: TrainState, resume: bool | None) -> TrainState:
+    if resume is False:
+        if any(checkpoints.folder.iterdir()):
+            raise _checks.ArgumentError(
+                f"`resume` must not be False where a run has left checkpoints; got the folder "
+                f"{checkpoints.folder}. Choose another, or resume."
+            )
+        return state
+    restored = checkpoints.restore(state)
+    if restored is None and resume:
+        raise _checks.ArgumentError(
+            f"`resume` must not be True without a checkpoint; got the folder "
+            f"{checkpoints.folder}, which has none. Begin with resume=None."
+        )
+    return state if restored is None else restored
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+    """The signals that arrived, for the loop to look at; a second SIGINT interrupts at once."""
+    arrived: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        if number == signal.SIGINT and arrived:
+            raise KeyboardInterrupt
+        arrived.append(number)
+
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    try:
+        before = {number: signal.signal(number, note) for number in numbers}
+    except ValueError:  # not the main thread, which alone may set handlers
+        before = {}
+    try:
+        yield arrived
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _give_way(number: int, step: int) -> None:
+    main = sys.modules["__main__"].__spec__
+    script = ["-m", main.name.removesuffix(".__main__")] if main else sys.argv[:1]
+    command = shlex.join([sys.executable, *script, *sys.argv[1:]])
+    name = signal.Signals(number).name
+    sys.stderr.write(f"{name}: saved step {step}. Resume with\n  {command}\n")
+    raise Preempted(EXIT_PREEMPTED)
+
+
+def _speed(step: int, done: int, num_steps: int, seconds: float) -> dict[str, Any]:
+    stats = jax.devices()[0].memory_stats() or {}
+    rate = done / seconds
+    return {
+        "step": step,
+        "time": time.time(),
+        "steps_per_second": rate,
+        "eta_seconds": (num_steps - step) / rate,
+        "peak_bytes": stats.get("peak_bytes_in_use"),
+    }
+
+
+def _check(key: Key, num_steps: int, save_every: int, log_every: int, evaluate_every: int) -> None:
+    _checks.check_key(key)
+    _checks.check_count("num_steps", num_steps)
+    for name, every in (("save_every", save_every), ("evaluate_every", evaluate_every)):
+        _checks.check_count(name, every)
+        if every % log_every:
+            raise _checks.ArgumentError(
+                f"`{name}` must be a multiple of log_every={log_every}; got {every}. A run is "
+                "saved and evaluated where a row ends."
+            )
