@@ -60,6 +60,8 @@ def check_numbers(config: Any, *, may_be_zero: tuple[str, ...]) -> None:
     """Every number of a configuration is positive, but for those that may be 0."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
+        if isinstance(value, bool):
+            continue
         if isinstance(value, int | float) and not (
             value > 0 or value == 0 and field.name in may_be_zero
         ):

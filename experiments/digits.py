@@ -11,7 +11,9 @@ import itertools
 import time
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
@@ -45,8 +47,12 @@ to_model = partial(ss.uniform_dequantize, **LEVELS_OF_DATA)  # (key, 0 … 16) -
 class Config:
     """Everything that a run depends on."""
 
+    net: Literal["mlp", "unet"] = "mlp"
     width: int = 256
     depth: int = 3
+    unet_width: int = 16  # and the next two are the U-Net's, for as long a training
+    unet_steps: int = 2500
+    unet_batch_size: int = 64
     dropout: float = 0.1
     smoothing: float = 0.01  # the share of training pixels that become a random grey level
     sigma_data: float = 0.55  # the data's standard deviation
@@ -83,6 +89,7 @@ class Config:
 
 QUICK = Config(
     num_steps=300,
+    unet_steps=100,
     num_probes=2,
     num_dequantisations=1,
     num_test=100,
@@ -99,7 +106,7 @@ def main(config: Config) -> Metrics:
         train, test = ss.data.digits()
         real = test.images[: config.num_test]
         keys = iter(jax.random.split(jax.random.key(config.seed), 8))
-        net = ss.nets.MLP(config.width, config.depth, config.dropout)
+        net = make_net(config)
         params, losses, train_seconds = train_score(next(keys), config, net, train)
         score_fn = bounded(make_score(net, config, params))
         data_key, probe_key = jax.random.split(next(keys))
@@ -138,7 +145,23 @@ def smooth(key: ss.Key, levels: Array, probability: float) -> Array:
     return jnp.where(jax.random.bernoulli(where_key, probability, levels.shape), random, levels)
 
 
-def make_score(net: ss.nets.MLP, config: Config, params: ss.Params) -> Partial:
+class AtLevel(nn.Module):
+    """A U-Net of c_noise, which grows a hundred times: its embedding expects 0 to 1000."""
+
+    net: ss.nets.UNet
+
+    def __call__(self, x: Array, c_noise: Array, dropout_key: ss.Key | None = None) -> Array:
+        return self.net(x, 100.0 * c_noise, dropout_key)
+
+
+def make_net(config: Config) -> nn.Module:
+    if config.net == "mlp":
+        return ss.nets.MLP(config.width, config.depth, config.dropout)
+    fields = {"multipliers": (1, 2), "num_blocks": 1, "attention_levels": (), "channels": 1}
+    return AtLevel(ss.nets.UNet(config.unet_width, dropout=config.dropout, **fields))
+
+
+def make_score(net: nn.Module, config: Config, params: ss.Params) -> Partial:
     return ss.score_from_preconditioned(
         SDE, Partial(net.apply, params), sigma_data=config.sigma_data
     )
@@ -159,8 +182,12 @@ def _bounded(score_fn: Partial, x: Array, t: Array) -> Array:
     return score - alpha * (x0 - jnp.clip(x0, -1.5, 1.5)) / variance
 
 
-def train_score(key: ss.Key, config: Config, net: ss.nets.MLP, train: ss.data.Examples) -> tuple:
+def train_score(key: ss.Key, config: Config, net: nn.Module, train: ss.data.Examples) -> tuple:
     init_key, batch_key, fit_key = jax.random.split(key, 3)
+    num_steps, batch_size, scanned = config.num_steps, config.batch_size, 100
+    if config.net == "unet":
+        num_steps, batch_size = config.unet_steps, config.unet_batch_size
+        scanned = 1 if jax.default_backend() == "cpu" else 100  # convolutions in loops are slow
 
     def loss(params: ss.Params, key: ss.Key, batch: ss.data.Examples) -> Array:
         smoothing_key, data_key, dropout_key, loss_key = jax.random.split(key, 4)
@@ -176,7 +203,7 @@ def train_score(key: ss.Key, config: Config, net: ss.nets.MLP, train: ss.data.Ex
         )
 
     schedule = optax.warmup_cosine_decay_schedule(
-        0.0, config.learning_rate, config.num_steps // 50, config.num_steps
+        0.0, config.learning_rate, num_steps // 50, num_steps
     )
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0),
@@ -185,7 +212,7 @@ def train_score(key: ss.Key, config: Config, net: ss.nets.MLP, train: ss.data.Ex
     params = net.init(init_key, jnp.zeros((8, 8, 1)), 0.0)
     if config.params is not None:
         return ss.load_params(config.params, like=params)[0], None, 0.0
-    batches = ss.data.batches(batch_key, train, config.batch_size)
+    batches = ss.data.batches(batch_key, train, batch_size)
     start = time.perf_counter()
     state, losses = ss.fit(
         fit_key,
@@ -193,8 +220,9 @@ def train_score(key: ss.Key, config: Config, net: ss.nets.MLP, train: ss.data.Ex
         params,
         optimizer,
         batches,
-        num_steps=config.num_steps,
+        num_steps=num_steps,
         ema_decay=config.ema_decay,
+        steps_per_dispatch=scanned,
     )
     return state.ema_params, losses, time.perf_counter() - start
 

@@ -25,7 +25,9 @@ from sde_score.baselines import scott_bandwidth as scott_bandwidth
 from sde_score.baselines import silverman_bandwidth as silverman_bandwidth
 from sde_score.baselines import stein_score as stein_score
 from sde_score.chunks import ChunkError as ChunkError
+from sde_score.chunks import load_chunks as load_chunks
 from sde_score.chunks import map_in_chunks as map_in_chunks
+from sde_score.chunks import map_to_disk as map_to_disk
 from sde_score.chunks import print_progress as print_progress
 from sde_score.diagnostics import Diagnosis as Diagnosis
 from sde_score.diagnostics import diagnose as diagnose
@@ -37,6 +39,9 @@ from sde_score.divergence import gaussian_probes as gaussian_probes
 from sde_score.divergence import hutchinson_divergence as hutchinson_divergence
 from sde_score.divergence import rademacher_probes as rademacher_probes
 from sde_score.divergence import sphere_probes as sphere_probes
+from sde_score.entropy import AlternatingState as AlternatingState
+from sde_score.entropy import entropy_surrogate as entropy_surrogate
+from sde_score.entropy import make_alternating_step as make_alternating_step
 from sde_score.evaluation import confidence_interval as confidence_interval
 from sde_score.evaluation import dataset_log_likelihood as dataset_log_likelihood
 from sde_score.flow import Likelihood as Likelihood

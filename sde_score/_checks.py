@@ -165,6 +165,8 @@ def call(fn: Callable, x: jax.Array, *args: Any, name: str = "score_fn") -> jax.
         "wrap a batched network with `lambda x, t: net(x[None], t[None])[0]`, and one with time, "
         "where none is passed, with `lambda x: net(x, t)`."
     )
+    if len(args) == 1:
+        fix += f" Give a conditional one its context by sde_score.condition({name}, context)."
     try:
         out = fn(x, *args)
     except (ArgumentError, jax.errors.KeyReuseError):

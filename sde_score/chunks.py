@@ -1,8 +1,10 @@
 """More examples than memory holds: a function of one example over many, a chunk at a time."""
 
+import os
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import jax
@@ -69,6 +71,54 @@ def map_in_chunks(
         if progress is not None:
             progress(done, total, time.perf_counter() - start)
     return _join(chunks)
+
+
+def map_to_disk(
+    fn: Callable,
+    xs: Any,
+    *args: Any,
+    folder: str | os.PathLike,
+    chunk_size: int,
+    progress: Progress | None = None,
+) -> Path:
+    """`map_in_chunks` of an array-valued fn into folder/FIRST.npy, a file for each chunk, named by
+    its first index and whole or not there: those that are there are not made again. Each of
+    several processes makes every P-th. `load_chunks` reads them.
+    """
+    _checks.check_count("chunk_size", chunk_size)
+    folder, total = Path(folder), len(jax.tree.leaves(xs)[0])
+    folder.mkdir(parents=True, exist_ok=True)
+    firsts = range(0, total, chunk_size)[jax.process_index() :: jax.process_count()]
+    start = time.perf_counter()
+    for first in firsts:
+        path, last = folder / f"{first:09d}.npy", min(first + chunk_size, total)
+        if not path.exists():
+            rows = jnp.minimum(first + jnp.arange(chunk_size), total - 1)  # one compilation
+            part = jax.tree.map(lambda leaf, rows=rows: leaf[rows], xs)
+            values = map_in_chunks(fn, part, *args, chunk_size=chunk_size)[: last - first]
+            partial = path.with_suffix(f".{os.getpid()}.partial")
+            with partial.open("wb") as file:
+                np.save(file, values)
+            os.replace(partial, path)
+        if progress is not None:
+            progress(last, total, time.perf_counter() - start)
+    return folder
+
+
+def load_chunks(folder: str | os.PathLike, total: int) -> np.ndarray:
+    """The `total` results in a folder of `map_to_disk`, in order; what is missing is named."""
+    parts, done = [], 0
+    for path in sorted(Path(folder).glob("*.npy")):
+        if int(path.stem) != done:
+            break
+        parts.append(np.load(path, allow_pickle=False))
+        done += len(parts[-1])
+    if done != total:
+        raise _checks.ArgumentError(
+            f"`folder` must hold {total} results; got {folder}, where those from {done} on are "
+            "missing. Run map_to_disk again, which makes what is not there."
+        )
+    return np.concatenate(parts)
 
 
 def _reason(error: Exception) -> str:

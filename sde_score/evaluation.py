@@ -179,7 +179,7 @@ def _check_confidence(confidence: float) -> None:
 
 def _noisier(sde: Any) -> SDE:
     """`sde` with a t0 at which sigma/alpha is twice as large."""
-    if not dataclasses.is_dataclass(sde):
+    if not dataclasses.is_dataclass(type(sde)):
         raise _checks.ArgumentError(
             f"`sde` must be a dataclass, for the budget to change its t0; got {sde!r}. Decorate "
             "it with dataclasses.dataclass(frozen=True)."

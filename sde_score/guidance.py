@@ -22,7 +22,7 @@ from sde_score.losses.times import Times, uniform_times
 from sde_score.operators import check_mask
 from sde_score.parameterization import denoise
 from sde_score.sampling.grid import Finish
-from sde_score.sampling.steps import _transition
+from sde_score.sampling.steps import transition
 from sde_score.sde import perturb
 
 Event = Float[Array, "*event"]
@@ -201,7 +201,7 @@ def _kept(step: Step, keep: Callable | None, resamples: Array, key: Key, *place:
     if keep is None:
         return step(key, *place)
     score_fn, sde, x_t, t, s = place
-    a, v = _transition(sde, t, s)
+    a, v = transition(sde, t, s)
     last = s <= sde.t0 * (1.0 + 1e-6)  # a grid rounds its last time
     alpha, sigma = jnp.where(last, 1.0, sde.alpha(s)), jnp.where(last, 0.0, sde.sigma(s))
     own_key = jax.random.fold_in(key, _OBSERVATION)

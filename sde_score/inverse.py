@@ -18,7 +18,7 @@ from sde_score import _checks
 from sde_score._typing import SDE, Key, Scalar, ScoreFn, bind
 from sde_score.operators import Data, Event, LinearOperator
 from sde_score.sampling.grid import split_key, uniform_grid
-from sde_score.sampling.steps import _transition
+from sde_score.sampling.steps import transition
 from sde_score.sde import sample_prior
 
 
@@ -107,7 +107,7 @@ def twisted_smc(
         (x, log_weights, twisted, log_evidence), (index, t, s) = carry, inputs
         resample_key, step_key = jax.random.split(jax.random.fold_in(noise_key, index))
         (x, twisted), log_weights = _resample(resample_key, (x, twisted), log_weights)
-        a, v = _transition(sde, t, s)
+        a, v = transition(sde, t, s)
         # That of N(0, sigma_data² I); the mean is right for every law.
         deviation = jnp.sqrt(v * (_variance(sde, sigma_data, s) / _variance(sde, sigma_data, t)))
         z, shift = jax.random.normal(step_key, x.shape, x.dtype), deviation * twisted.slope

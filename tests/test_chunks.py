@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from conftest import mixture
 
+import sde_score as ss
 from sde_score import (
     VP,
     GaussianMixture,
@@ -75,3 +76,23 @@ BAD = {
 def test_bad_input(attempt, match):
     with pytest.raises(ValueError, match=match):
         attempt()
+
+
+def test_results_on_disk_are_made_once(tmp_path):
+    """In parts, after a chunk was lost, and as they are in memory; what is missing is named."""
+    keys, calls = jax.random.split(jax.random.key(0), 11), []
+    draw = lambda key, scale: scale * jax.random.normal(key, (2,))  # noqa: E731
+    options = {"folder": tmp_path, "chunk_size": 4}
+    ss.map_to_disk(draw, keys, 2.0, **options)
+    expected = ss.map_in_chunks(draw, keys, 2.0, chunk_size=11)
+    np.testing.assert_array_equal(ss.load_chunks(tmp_path, 11), expected)
+    (tmp_path / "000000004.npy").unlink()
+    with pytest.raises(ValueError, match="those from 4 on are missing"):
+        ss.load_chunks(tmp_path, 11)
+    before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    report = lambda done, total, seconds: calls.append((done, total))  # noqa: E731
+    ss.map_to_disk(draw, keys, 2.0, **options, progress=report)
+    after = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    assert before.items() <= after.items() and len(after) == 3
+    assert calls == [(4, 11), (8, 11), (11, 11)]
+    np.testing.assert_array_equal(ss.load_chunks(tmp_path, 11), expected)

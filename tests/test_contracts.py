@@ -190,6 +190,9 @@ FUNCTIONS = {
     "bits_per_dim": lambda key, s, sde, t: ss.bits_per_dim(
         -t, 2, num_levels=4, data_range=(0.0, 1.0)
     ),
+    "entropy_surrogate": lambda key, s, sde, t: ss.entropy_surrogate(
+        lambda z: s(z, t), lambda noise: t * noise, jax.random.normal(key, (2,))
+    ),
     "uniform_dequantize": lambda key, s, sde, t: ss.uniform_dequantize(
         key, jnp.arange(3), num_levels=3, data_range=(0.0, 1.0)
     ),
@@ -202,12 +205,14 @@ ELSEWHERE = {  # traced once in tests of their own, or inside a function above
     *("reverse_diffusion", "ancestral_beta", "langevin"),
     *("karras_grid", "likelihood_times", "noise_weight", "likelihood_weight"),
     *("rademacher_probes", "gaussian_probes", "sphere_probes", "make_train_step"),
+    "make_alternating_step",
     *("add_guidance", "condition", "keep_observed", "linear_operator", "with_singular_values"),
     *("mask_operator", "grey_operator", "downsampling_operator", "blur_operator"),
     *("lognormal_times", "grid_times", "min_snr_weight", "static_threshold", "dynamic_threshold"),
 }
 UNTRACED = {"map_in_chunks", "print_progress", "dataset_log_likelihood", "confidence_interval"}
 UNTRACED |= {"summarize_diagnosis"}
+UNTRACED |= {"load_chunks", "map_to_disk"}
 UNTRACED |= {"train", "make_mesh", "replicate", "shard_batches", "shard_params"}
 UNTRACED |= {"fit", "init_train_state", "load_params", "save_params", "register_pytree"}
 

@@ -1,6 +1,8 @@
 import functools
 import math
 import sys
+import types
+import unittest.mock
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,7 @@ from sde_score.data import (
     circles,
     digits,
     eight_gaussians,
+    patches,
     pinwheel,
     standardize,
     swiss_roll,
@@ -189,6 +192,41 @@ def test_digits_say_how_to_install_scikit_learn(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(ImportError, match=r"pip install 'sde_score\[experiments\]'"):
         digits()
+
+
+def test_patches_of_train_and_test_share_no_column():
+    """On photographs whose pixels name their column, photograph and row."""
+    column, row = np.arange(640)[None], np.arange(427)[:, None]
+    places = [
+        np.stack(np.broadcast_arrays(column % 256, column // 256 + 8 * i, row // 2), axis=-1)
+        for i in range(2)
+    ]
+    photographs = types.SimpleNamespace(images=[place.astype(np.uint8) for place in places])
+    with unittest.mock.patch("sklearn.datasets.load_sample_images", lambda: photographs):
+        train, test = patches(stride=16)
+    assert train.images.shape == (2 * 25 * 7 * 4, 32, 32, 3)
+    columns = {}
+    for name, part in (("train", train), ("test", test)):
+        images = np.asarray(part.images, int)
+        seen = images[..., 0] + 256 * (images[..., 1] % 8)
+        np.testing.assert_array_equal(np.diff(seen, axis=2), 1)  # a patch is in one piece
+        assert np.all(np.isin(np.diff(images[:, :, 0, 2], axis=1), [0, 1]))
+        np.testing.assert_array_equal(images[:, 0, 0, 1] // 8, part.labels)
+        columns[name] = set(seen.ravel().tolist())
+    assert columns["test"] == {c for c in range(640) if c % 160 >= 128}
+    assert columns["train"] == set(range(640)) - columns["test"]
+    corners = {(*p[0, 0].tolist(),) for p in np.asarray(test.images)}
+    assert len(corners) == len(test.images) == 104  # disjoint
+
+
+def test_patches_are_fixed():
+    train, test = patches()
+    assert train.images.dtype == test.images.dtype == jnp.uint8
+    assert train.images.shape == (8976, 32, 32, 3) and test.images.shape == (104, 32, 32, 3)
+    sums = [np.asarray(x, int).sum() for x in (train.images[0], test.images[-1])]
+    np.testing.assert_allclose(sums, [631230, 123420], rtol=1e-3)  # JPEG decoders round apart
+    with pytest.raises(ValueError, match="`stride` must be a Python integer of at least 1; got 0"):
+        patches(stride=0)
 
 
 def table():

@@ -18,17 +18,21 @@ from jax.tree_util import Partial
 from nbclient import NotebookClient
 
 import sde_score as ss
-from benchmarks import _mixtures, bench_samplers
+from benchmarks import _mixtures, bench_guidance, bench_networks, bench_samplers
 from experiments import (
+    controllable,
     diagnose,
     digits,
     ffjord_2d,
     finetune_flow,
+    implicit_vae,
     interpolate,
     likelihood,
     neural_ode,
     objectives_2d,
+    patches,
     pitfalls,
+    pretrained,
     samplers,
     score_vs_kde,
     toy_2d,
@@ -219,6 +223,26 @@ def test_finetuning_a_probability_flow(tmp_path):
 
 
 @pytest.mark.slow
+def test_an_implicit_encoder(tmp_path):
+    """Two seeds for some steps: on the plane it leaves the Gaussian behind; the decoder learns."""
+    small = {"width": 32, "num_steps": 60, "bimodal_steps": 800, "num_test": 10}
+    small |= {"num_temperatures": 30, "num_chains": 4, "num_samples": 1_000}
+    config = dataclasses.replace(implicit_vae.QUICK, out=tmp_path, **small)
+    metrics = implicit_vae.main(config)
+    assert json.loads((tmp_path / "metrics.json").read_text()) == pytest.approx(metrics)
+    files = {f"{name}.png" for name in ("loss", "digits", "posterior", "bimodal")}
+    files |= {"params.safetensors", "metrics.json", "config.json"}
+    assert {path.name for path in tmp_path.iterdir()} == files
+    assert metrics["implicit_kl"] + 0.05 < metrics["gaussian_kl"]
+    assert abs(metrics["kl_bias"]) < 0.1 and metrics["bimodal_weight_error"] < 0.2
+    for name in ("gaussian", "implicit"):
+        low, mean, high = (metrics[f"{name}_log_prob{end}"] for end in ("_low", "", "_high"))
+        assert -64 * np.log(2) < low < mean < high < 0  # better than fair coins
+    with pytest.raises(ValueError, match="`num_seeds` and `num_chains` must be at least 2"):
+        dataclasses.replace(config, num_seeds=1)
+
+
+@pytest.mark.slow
 def test_a_neural_ode_by_three_adjoints(tmp_path):
     """It learns digits, and the adjoint ODE's gradient is off by the solver's tolerance."""
     config = dataclasses.replace(neural_ode.QUICK, out=tmp_path, width=16, num_steps=40)
@@ -299,6 +323,183 @@ def test_the_benchmark_of_samplers_measures_what_it_says(x64):
     ]
     assert lines[-1]["reached"] and lines[-1]["sw2"] <= lines[0]["sw2_worst"]
     assert len(bench_samplers.figure(lines).axes) == 1
+
+
+def test_the_benchmark_of_guidance_measures_what_it_says():
+    """n exact draws have errors of 1/√n of the mean, in units of the total deviation; between ½
+    and 2 times that over 3 observations.
+    """
+    line = next(bench_guidance.solve("mask_2d", 1_000, (), ()))
+    assert line["method"] == "posterior" and 0.5 < line["mean_error"] * np.sqrt(1_000) < 2.0
+    assert 0 < line["weight_error"] < 0.05 and 0 < line["covariance_error"] < 0.2
+
+
+@pytest.mark.slow
+def test_super_resolution_by_the_experiment_is_of_the_posterior():
+    """For N(0, c² I) ΠGDM is exact, and as A Aᵀ = ¼ I the blocks' means given y are Gaussian with
+    variance v = 1/(4/c² + 1/noise²) about v y/noise², within 5 standard errors; each pixel about
+    these has ¾ c², up to the steps' bias of 2.5 %; and the completed keep what they show.
+    """
+    c, sde = 0.5, controllable.SDE
+    options = {"num_draws": 50, "sample_steps": 400, "noise": 0.3, "pgdm_sigma": c}
+    config = dataclasses.replace(controllable.QUICK, **options)
+    score_fn = Partial(lambda x, t: -x / ((c * sde.alpha(t)) ** 2 + sde.sigma(t) ** 2))
+    problems = controllable._problems(config)["digits"]
+    x0 = c * jax.random.normal(jax.random.key(0), (20, 8, 8, 1))
+    problem = problems["super_resolution_pgdm"]
+    seen, draws = controllable._solve(jax.random.key(1), score_fn, problem, x0)
+    y, means = seen[:, None, ::2, ::2], draws.reshape(20, 50, 4, 2, 4, 2).mean((3, 5))[..., None]
+    variance = 1 / (4 / c**2 + 1 / config.noise**2)
+    z = (means - variance * y / config.noise**2) / np.sqrt(variance)
+    assert abs(float(jnp.mean(z * y / jnp.std(y)))) < 5 / np.sqrt(z.size)
+    np.testing.assert_allclose(jnp.mean(z**2), 1.0, atol=5 * np.sqrt(2 / z.size) + 0.025)
+    inside = draws - jnp.repeat(jnp.repeat(means, 2, axis=2), 2, axis=3)
+    np.testing.assert_allclose(jnp.mean(inside**2), 0.75 * c**2, rtol=0.05)
+    _, draws = controllable._solve(jax.random.key(2), score_fn, problems["inpainting"], x0)
+    assert np.array_equal(draws[:, :, :4], jnp.broadcast_to(x0[:, None, :4], (20, 50, 4, 8, 1)))
+    assert np.all(draws[:, :, 4:] != x0[:, None, 4:])
+
+
+@pytest.mark.slow
+def test_controllable_generation(tmp_path):
+    """Within 200 steps guided digits are far above chance, and the mean beats the draws."""
+    small = {"digits_steps": 200, "classifier_steps": 100, "patches_steps": 50, "num_digits": 20}
+    small |= {"patch_width": 32, "num_patches": 10, "sample_steps": 20}
+    config = dataclasses.replace(controllable.QUICK, out=tmp_path, **small)
+    metrics = controllable.main(config)
+    files = {"classes.png", "digits.png", "patches.png", "params.safetensors"}
+    assert {path.name for path in tmp_path.iterdir()} == files | {"metrics.json", "config.json"}
+    assert json.loads((tmp_path / "metrics.json").read_text()) == pytest.approx(metrics)
+    assert metrics["judge_accuracy"] > 0.85 and "super_resolution_accuracy" in metrics
+    for name in ("conditional", "classifier_free", "classifier_guided"):
+        assert metrics[f"{name}_accuracy"] > 0.1 + 3 * metrics[f"{name}_accuracy_stderr"]
+        assert f"{name}_energy_distance_stderr" in metrics
+    for problems in controllable._problems(config).values():
+        for name in problems:
+            assert metrics[f"{name}_mean_psnr"] > metrics[f"{name}_psnr"] + 0.5  # E over draws
+    again = dataclasses.replace(config, params=tmp_path / "params.safetensors")
+    parts = ss.data.digits().train, controllable._small_patches().train
+    params = controllable._train(jax.random.key(1), again, *parts)
+    chex.assert_trees_all_equal(params, ss.load_params(tmp_path / "params.safetensors")[0])
+    with pytest.raises(ValueError, match="`num_draws` must lie in 4"):
+        dataclasses.replace(config, num_draws=3)
+
+
+@pytest.mark.slow
+def test_digits_by_a_unet(tmp_path):
+    small = {"unet_width": 8, "unet_steps": 30, "num_test": 10, "num_samples": 10}
+    config = dataclasses.replace(digits.QUICK, net="unet", out=tmp_path, **small)
+    metrics = digits.main(config)
+    assert {path.name for path in tmp_path.iterdir()} == FILES[digits]
+    assert json.loads((tmp_path / "metrics.json").read_text()) == pytest.approx(metrics)
+    assert PROMISED[digits] <= metrics.keys() and np.isfinite(metrics["bits_per_dim"])
+    net = digits.make_net(config)
+    params, *_ = ss.load_params(tmp_path / "score.safetensors")
+    assert net.apply(params, np.ones((8, 8, 1), np.float32), 0.5).shape == (8, 8, 1)
+
+
+@pytest.mark.slow
+def test_patches_of_photographs(tmp_path):
+    """Within 60 steps the score beats that of N(0, I) flowing to N(0, I): 1.33 + 7 bits."""
+    small = {"num_steps": 60, "num_samples": 2, "stride": 32}
+    config = dataclasses.replace(patches.QUICK, out=tmp_path, **small)
+    metrics = patches.main(config)
+    files = {"samples.png", "loss.png", "score.safetensors", "metrics.json", "config.json"}
+    assert {path.name for path in tmp_path.iterdir()} == files
+    assert json.loads((tmp_path / "metrics.json").read_text()) == pytest.approx(metrics)
+    assert metrics["prior_term"] < 1e-4 and metrics["tolerance_term"] < 0.01
+    assert metrics["gmm_bits_per_dim"] < metrics["bits_per_dim"] < 8.3
+    below = metrics["gmm_bits_per_dim"] - metrics["bits_per_dim"]
+    assert metrics["bits_below_gmm"] == pytest.approx(below, abs=1e-4)
+    again = dataclasses.replace(config, params=tmp_path / "score.safetensors")
+    params, _ = patches._train(jax.random.key(1), again, ss.data.patches(stride=32).train)
+    chex.assert_trees_all_equal(params, ss.load_params(tmp_path / "score.safetensors")[0])
+    with pytest.raises(ValueError, match="`fold` times two .* must divide 32; got 3"):
+        dataclasses.replace(config, fold=3)
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_networks_counts_what_it_says(capsys):
+    """A line for each function, whose FLOP are those of the convolutions: a Jacobian product twice
+    a forward pass, a training step about three times; and a depthwise convolution is the filter.
+    """
+    net = ss.nets.UNet(16, (1,), 1, attention_levels=())
+    bench_networks.costs("tiny", net, 2, jnp.float32, 1)
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    flop = {line["name"]: line["gflop_per_s"] * line["median_s"] for line in lines}
+    forward, jvp, step = (flop[f"network_tiny_{k}"] for k in ("forward", "jvp", "train_step"))
+    np.testing.assert_allclose([jvp / forward, step / forward], [2, 3], rtol=0.15)
+    x = jax.random.normal(jax.random.key(0), (2, 8, 8, 4))
+    want = jax.vmap(lambda x: ss.nets.resample.downsample(x, ss.nets.presets.FIR_KERNEL))(x)
+    got = bench_networks.depthwise(x, ss.nets.presets.FIR_KERNEL)
+    np.testing.assert_allclose(got, want, atol=1e-6)  # order of sums
+
+
+def test_squares_of_pixels_as_channels():
+    """A network that keeps a square's first channels keeps the upper left pixel of each."""
+    x = jax.random.normal(jax.random.key(0), (8, 4, 3))
+    corners = patches.Folded(lambda x, c_noise, key: x * (np.arange(12) < 3)[None, None], 2)
+    got = corners.apply({}, x, 0.0)
+    want = np.zeros(x.shape, np.float32)
+    want[::2, ::2] = x[::2, ::2]
+    np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.slow
+def test_a_saved_model_with_a_score_of_zero(tmp_path):
+    """Its flow only shrinks: p(x) = (alpha_1/alpha_0)^D N(x alpha_1/alpha_0; 0, sigma_1²)."""
+    net, sde = ss.nets.UNet(4, (1,), 1, attention_levels=()), ss.VP()
+    params = jax.jit(net.init)(jax.random.key(0), jnp.zeros((4, 4, 3)), 1.0)
+    zero = jax.tree.map(jnp.zeros_like, params)
+    score_fn = ss.score_from_noise(sde, Partial(net.apply, zero))
+    model = ss.pretrained.Pretrained(
+        net, zero, sde, (0.0, 1.0), score_fn, Partial(net.apply, zero)
+    )
+    ss.pretrained.save_pretrained(tmp_path / "zero.safetensors", model)
+    images = np.full((3, 4, 4, 3), 200, np.uint8)
+    np.save(tmp_path / "images.npy", images)
+    config = dataclasses.replace(
+        *(pretrained.QUICK,),
+        **{"checkpoint": tmp_path / "zero.safetensors", "images": tmp_path / "images.npy"},
+        **{"image_size": 4, "num_steps": 3, "fast_steps": 2, "num_samples": 2},
+        **{"tolerance": 1e-5, "out": tmp_path / "out"},
+    )
+    metrics = pretrained.main(config)
+    files = {"samples.png", "metrics.json", "config.json"}
+    assert {path.name for path in config.out.iterdir()} == files
+    ratio, sigma = sde.alpha(sde.t1) / sde.alpha(sde.t0), sde.sigma(sde.t1)
+    log_prob = jnp.log(ratio / sigma) - 0.5 * (jnp.log(2 * jnp.pi) + (ratio * 0.783 / sigma) ** 2)
+    bits = -log_prob / np.log(2.0) + 8  # of a data range of length 1
+    np.testing.assert_allclose(metrics["bits_per_dim"], bits, atol=1e-3)  # of the tolerance
+    assert metrics["predictor_corrector_evaluations"] == 7 and metrics["fast_evaluations"] == 3
+
+
+@pytest.mark.slow
+def test_a_published_checkpoint(tmp_path):
+    """From a .pth file to samples, which for random weights are within the prior's reach."""
+    data = ROOT / "tests" / "data"
+    config = dataclasses.replace(
+        *(pretrained.QUICK,),
+        **{"checkpoint": data / "vp_ddpmpp.pth", "config": data / "vp_ddpmpp.json"},
+        **{"image_size": 16, "num_samples": 2, "num_steps": 4, "out": tmp_path},
+    )
+    metrics = pretrained.main(config)
+    assert json.loads((tmp_path / "metrics.json").read_text()) == pytest.approx(metrics)
+    assert all(np.isfinite(value) for value in metrics.values())
+    assert "bits_per_dim" not in metrics
+
+
+def test_models_and_images_that_are_not_there(tmp_path):
+    (tmp_path / "model.pth").write_bytes(b"")
+    np.savez(tmp_path / "images.npz", np.zeros((2, 4, 4), np.uint8))
+    for change, words in (
+        ({}, "`checkpoint` must be a file or folder; got None"),
+        ({"checkpoint": tmp_path / "model.pth"}, "`config` must be given with"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            pretrained.main(dataclasses.replace(pretrained.QUICK, **change))
+    with pytest.raises(ValueError, match=r"`images` must be uint8 \[n, H, W, C\].*\[2, 4, 4\]"):
+        pretrained._read(tmp_path / "images.npz")
 
 
 def test_levels_and_model_values_invert_each_other():

@@ -112,6 +112,7 @@ def test_what_guidance_costs():
     passes = flops(batched(jax.value_and_grad(log_p)), x)
     guided = flops(batched(ss.classifier_guidance(plain, logits, 1)), x)
     free = flops(batched(ss.classifier_free(score, 1, 3, 2.0)), x)
+    print(f"over the parts: {guided / (one + passes):.4f}, {free / twice:.4f}")  # with -rP
     assert guided <= 1.02 * (one + passes)  # and the sum of the two
     assert free <= 1.02 * twice
     operator = ss.mask_operator(np.arange(8) < 4)
@@ -119,10 +120,10 @@ def test_what_guidance_costs():
         ss.dps(plain, ss.VP(), operator, jnp.ones(4), scale=1.0),
         ss.pgdm(plain, ss.VP(), operator, jnp.ones(4), noise=0.1),
     ):
+        print(f"over a score: {flops(batched(guide), x) / one:.3f}")
         assert flops(batched(guide), x) <= 3.05 * one
-    for network, count in ((plain, 1), (ss.classifier_free(score, 1, 3, 2.0), 1)):
-        jaxpr = str(jax.make_jaxpr(batched(network))(x))
-        assert jaxpr.count("dot_general") == count * 9  # a product for each of the Dense layers
+    for network in (plain, ss.classifier_free(score, 1, 3, 2.0)):
+        assert str(jax.make_jaxpr(batched(network))(x)).count("dot_general") == 9  # one a layer
 
 
 def test_a_classifier_learns_the_classes_of_noised_data():
@@ -172,10 +173,11 @@ def test_conditional_networks_say_how_to_call_them():
     for use, words in (
         (lambda: draw(score), "network is conditional.*sde_score.condition"),
         (lambda: draw(ss.condition(score, 4)), "`context` must be a label, 0 to 2, or 3 for none"),
-        (lambda: draw(ss.condition(score, jnp.ones(2))), "`context`|ambiguous"),
+        (lambda: draw(ss.condition(score, 0.5)), "`context` must be a label.*got 0.5"),
+        (lambda: draw(ss.condition(score, jnp.ones(2))), r"`context` must have shape \(\); got"),
         (lambda: draw(ss.condition(unconditional, 1)), "must take a context.*as it is"),
         (lambda: draw(ss.classifier_free(unconditional, 1, 3, 2.0)), "must take a context"),
-        (lambda: draw(lambda x, t, context: -x), "missing 1 required positional.*'context'"),
+        (lambda: draw(lambda x, t, context: -x), "missing 1.*'context'.*sde_score.condition"),
     ):
         with pytest.raises(ArgumentError, match=f"(?s){words}"):
             use()
@@ -206,6 +208,8 @@ def test_what_is_known_is_kept_and_nothing_else(step):
         assert np.array_equal(finished, jnp.where(mask, observed, denoised))
         assert mask.any() or np.array_equal(x, plain)
         assert mask.all() or not np.any(x[~mask] == observed[~mask])
+    if step is not ss.ddim:
+        return
     later = jax.jit(lambda mask: draw(key, score, sde, ss.inpaint(step, observed, mask)))
     np.testing.assert_allclose(later(np.zeros((2, 3), bool)), plain, rtol=1e-5)
 

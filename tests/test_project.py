@@ -23,9 +23,9 @@ ROWS = [
     ["chunks", "quantization", "sde", "divergence", "metrics", "data", "nets", "operators"],
     ["parameterization", "_solvers", "diffeq", "losses", "baselines", "gaussian_mixture"],
     ["sampling", "guidance", "inverse"],
-    ["flow", "likelihood", "evaluation", "diagnostics", "training", "pretrained"],
+    ["flow", "likelihood", "evaluation", "diagnostics", "training", "entropy", "pretrained"],
     ["__init__"],
-    ["plots"],
+    ["plots", "doctor"],
 ]
 POSITION = {name: i for i, name in enumerate(name for row in ROWS for name in row)}
 ROW = {name: i for i, row in enumerate(ROWS) for name in row}

@@ -27,7 +27,7 @@ Kernel = Callable[[Array], Array]  # of squared distances; a pytree
 
 _ROWS = 64  # rows of a kernel matrix computed together
 _MEDIAN_POINTS = 500  # for a median good to about 2 %
-_GROUPS = 10  # of the delete-a-group jackknife
+GROUPS = 10  # of the delete-a-group jackknife
 _FOLDS = 5  # of the classifier test's cross-validation
 
 
@@ -58,7 +58,7 @@ def mmd(
     The value has no unit and may be negative. The standard error takes h as given. Where the two
     distributions are equal, U is degenerate and the standard error √2 times too large.
     """
-    x, y = _samples(x, y)
+    x, y = check_samples(x, y)
     if bandwidth is None:
         return _u_statistic(bind(_gaussian, _median_distance(jnp.concatenate([x, y]))), x, y)
     _checks.check_shape("bandwidth", jnp.shape(bandwidth), (), "Give one length for all axes.")
@@ -71,7 +71,7 @@ def energy_distance(x: Float[Array, "n *event"], y: Float[Array, "m *event"]) ->
 
     The square of a metric, yet an estimate may be negative. The standard error is as for `mmd`.
     """
-    return _u_statistic(bind(_negative_distance), *_samples(x, y))
+    return _u_statistic(bind(_negative_distance), *check_samples(x, y))
 
 
 def median_bandwidth(x: Float[Array, "n *event"], y: Float[Array, "m *event"]) -> Scalar:
@@ -79,7 +79,7 @@ def median_bandwidth(x: Float[Array, "n *event"], y: Float[Array, "m *event"]) -
 
     In data units. Of more than 500 pooled points, a random but fixed 500 serve: good to about 2 %.
     """
-    return _median_distance(jnp.concatenate(_samples(x, y)))
+    return _median_distance(jnp.concatenate(check_samples(x, y)))
 
 
 def sliced_wasserstein(
@@ -99,7 +99,7 @@ def sliced_wasserstein(
     """
     _checks.check_key(key)
     _checks.check_count("num_directions", num_directions, 2)
-    return _sliced_wasserstein(key, *_samples(x, y), num_directions)
+    return _sliced_wasserstein(key, *check_samples(x, y), num_directions)
 
 
 def c2st(
@@ -123,7 +123,7 @@ def c2st(
     except ImportError as error:
         fix = "pip install 'sde_score[experiments]'"
         raise ImportError(f"`c2st` needs scikit-learn: {fix}") from error
-    samples = [np.asarray(sample) for sample in _samples(x, y)]
+    samples = [np.asarray(sample) for sample in check_samples(x, y)]
     num = min(map(len, samples))
     _checks.check_count("min(len(x), len(y))", num, _FOLDS)
     rng = np.random.default_rng(seed)
@@ -137,7 +137,7 @@ def c2st(
     return Estimate(accuracy, float(np.sqrt(accuracy * (1 - accuracy) / labels.size)))
 
 
-def _samples(x: Array, y: Array) -> tuple[Float[Array, "n d"], Float[Array, "m d"]]:
+def check_samples(x: Array, y: Array) -> tuple[Float[Array, "n d"], Float[Array, "m d"]]:
     """Both samples checked, flattened and in one dtype of at least float32."""
     for name, sample in (("x", x), ("y", y)):
         _checks.check_data(name, sample)
@@ -233,14 +233,14 @@ def _without_groups(
 ) -> Float[Array, " groups"]:
     """`statistic` of the sorted columns, leaving out one random group of rows at a time."""
     num = slices.shape[0]
-    size = num // min(_GROUPS, num)
+    size = num // min(GROUPS, num)
     shuffled = jax.random.permutation(key, slices)  # data may be ordered by class
 
     def without(first: Array) -> Scalar:
         rows = jnp.arange(num - size)
         return statistic(jnp.sort(shuffled[rows + size * (rows >= first)], axis=0))
 
-    return jax.lax.map(without, size * jnp.arange(min(_GROUPS, num)))
+    return jax.lax.map(without, size * jnp.arange(min(GROUPS, num)))
 
 
 def _jackknife_variance(replicates: Float[Array, " groups"], num: int) -> Scalar:

@@ -51,15 +51,19 @@ class Conditional(nn.Module):
                 "`context` is missing: this network is conditional, net(x, t, context). Bind one "
                 "with sde_score.condition(score_fn, context), or guide with classifier_free."
             )
+        x, fix = jnp.asarray(x), "jax.vmap over a batch."
         if self.num_classes is not None:
-            if _checks.is_concrete(context) and not 0 <= context <= self.num_classes:
+            _checks.check_shape("context", jnp.shape(context), (), f"It is one label: {fix}")
+            whole = jnp.issubdtype(jnp.result_type(context), jnp.integer)
+            inside = not _checks.is_concrete(context) or 0 <= context <= self.num_classes
+            if not (whole and inside):
                 raise _checks.ArgumentError(
                     f"`context` must be a label, 0 to {self.num_classes - 1}, or "
                     f"{self.num_classes} for none; got {context}."
                 )
             context = jax.nn.one_hot(context, self.num_classes + 1)
-        x = jnp.asarray(x)
-        fix = "It is one vector, or with `num_classes` one label: jax.vmap over a batch."
-        _checks.check_shape("context", jnp.shape(context), (jnp.size(context),), fix)
+        _checks.check_shape(
+            "context", jnp.shape(context), (jnp.size(context),), f"A vector: {fix}"
+        )
         joined = jnp.concatenate([x.reshape(-1), jnp.asarray(context, x.dtype)])
         return self.net(joined, t)[: x.size].reshape(x.shape)

@@ -49,7 +49,7 @@ def reverse_diffusion(
     Forwards x_t = x_s + f + √v z with f = (a − 1) x_s exactly; backwards x_s = x_t − f + v s + √v
     z, with f at x_t. For sub-VP the published code takes `euler_maruyama` instead.
     """
-    a, v = _transition(sde, t, s)
+    a, v = transition(sde, t, s)
     noise = jax.random.normal(key, x_t.shape, x_t.dtype)
     return (2.0 - a) * x_t + v * _checks.call(score_fn, x_t, t) + jnp.sqrt(v) * noise
 
@@ -83,7 +83,7 @@ def ancestral_beta(
     """(x + v s)/a + √v z: `ancestral`'s mean with the larger variance of p(x_t | x_s), DDPM's
     sigma² = beta (Ho et al. 2020, sec. 3.2; Song et al. 2021, eq. 4), weak order 1.
     """
-    a, v = _transition(sde, t, s)
+    a, v = transition(sde, t, s)
     noise = jax.random.normal(key, x_t.shape, x_t.dtype)
     return (x_t + v * _checks.call(score_fn, x_t, t)) / a + jnp.sqrt(v) * noise
 
@@ -145,14 +145,14 @@ def _edm_stochastic(
     churns = (gamma > 0) & (s_min <= ratio) & (ratio <= s_max)
     raised = time_of_log_snr(sde, level - 2.0 * jnp.log1p(gamma))  # at most t1
     start = jnp.where(churns, raised, t)
-    a, v = _transition(sde, start, t)
+    a, v = transition(sde, start, t)
     adds = v > 0  # a raise below rounding may have v < 0; and √v has no gradient at 0
     scale = s_noise * jnp.where(adds, jnp.sqrt(jnp.where(adds, v, 1.0)), 0.0)
     x = a * x_t + scale * jax.random.normal(key, x_t.shape, x_t.dtype)
     return heun(key, score_fn, sde, x, start, s)
 
 
-def _transition(sde: SDE, t: Scalar, s: Scalar) -> tuple[Scalar, Scalar]:
+def transition(sde: SDE, t: Scalar, s: Scalar) -> tuple[Scalar, Scalar]:
     """a and v of p(x_t | x_s) = N(a x_s, v I)."""
     v = -(sde.sigma(t) ** 2) * jnp.expm1(log_snr(sde, t) - log_snr(sde, s))
     return sde.alpha(t) / sde.alpha(s), v

@@ -22,6 +22,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.tree_util import keystr, tree_flatten_with_path
 
 from sde_score import _checks
@@ -76,17 +77,31 @@ class Checkpoints:
         None in an empty folder. Damaged ones are named in a warning and set aside.
         """
         self.wait()
-        self._clean()
+        first = jax.process_index() == 0
+        if not first:  # which has then set aside what is damaged
+            _meet()
+        manifest = self._newest(like, first)
+        if first:
+            _meet()
+        if manifest is None:
+            return None
+        return self._orbax.restore(manifest.with_suffix(""), _abstract(like))
+
+    def _newest(self, like: TrainState, first: bool) -> Path | None:
+        """The manifest of the newest whole checkpoint."""
+        if first:
+            self._clean()
         damaged = []
         for manifest in sorted(self.folder.glob("[0-9]*.json"), reverse=True):
             record, fault = _verified(manifest)
             if record is None:
                 damaged.append(fault)
-                warnings.warn(f"{fault}: this checkpoint is not restored.", stacklevel=2)
-                self._set_aside(manifest)
+                warnings.warn(f"{fault}: this checkpoint is not restored.", stacklevel=3)
+                if first:
+                    self._set_aside(manifest)
                 continue
             _check_same(manifest, record, {"config": self.config, "tree": _tree(like)})
-            return self._orbax.restore(manifest.with_suffix(""), _abstract(like))
+            return manifest
         if damaged:
             raise _checks.ArgumentError(
                 f"`folder` must hold a whole checkpoint; got {self.folder}, where none is: "
@@ -104,8 +119,9 @@ class Checkpoints:
 
     def _finish(self, path: Path, record: dict) -> None:
         _act(path, self._orbax.wait_until_finished)
-        _act(path, lambda: _write_manifest(path, record))
-        self._prune()
+        if jax.process_index() == 0:
+            _act(path, lambda: _write_manifest(path, record))
+            self._prune()
 
     def _prune(self) -> None:
         records = {path: _verified(path, files=False)[0] for path in self._manifests()}
@@ -135,6 +151,12 @@ class Checkpoints:
                 aside = path.with_name(f"damaged-{path.name}")
                 shutil.rmtree(aside, ignore_errors=True)
                 os.replace(path, aside)
+
+
+def _meet() -> None:
+    """All processes wait for each other."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("sde_score checkpoint")
 
 
 def _act(path: Path, action: Any) -> None:

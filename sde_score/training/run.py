@@ -80,8 +80,9 @@ def train(
     with contextlib.closing(checkpoints), _signals() as arrived:
         state = _start(checkpoints, state, resume)
         start = int(state.step)
-        logger = JsonLines(folder / "metrics.jsonl") if logger is None else logger
-        speed = JsonLines(folder / "speed.jsonl")
+        own = f"-{jax.process_index()}" if jax.process_index() else ""  # each process its files
+        logger = JsonLines(folder / f"metrics{own}.jsonl") if logger is None else logger
+        speed = JsonLines(folder / f"speed{own}.jsonl")
         with contextlib.closing(logger), contextlib.closing(speed):
             speed.resume(start)
             running = logger.resume(start).get("loss_running")
@@ -179,7 +180,7 @@ def _give_way(number: int, step: int) -> None:
 
 
 def _speed(step: int, done: int, num_steps: int, seconds: float) -> dict[str, Any]:
-    stats = jax.devices()[0].memory_stats() or {}
+    stats = jax.local_devices()[0].memory_stats() or {}
     rate = done / seconds
     return {
         "step": step,

@@ -1,0 +1,67 @@
+"""`stream`: batches of data that do not fit on the device, read ahead while it works."""
+
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import jax
+import numpy as np
+from jax.tree_util import Partial
+
+from sde_score import _checks
+from sde_score.data.tfds import import_extra
+
+
+def stream(source: Sequence[Any], seed: int, batch_size: int, *, num_threads: int = 8) -> "Stream":
+    """The `feed` of `sde_score.training.run.train`.
+
+    `source[i]`, 0 ≤ i < len(source), is a pytree of numpy arrays, as `open_source` gives them. A
+    batch is a function of (seed, step): each epoch holds every example once in a new order, and a
+    batch may straddle two.
+    """
+    grain = import_extra("grain")
+    for name, value in (("num_threads", num_threads), ("batch_size", batch_size)):
+        _checks.check_count(name, value)
+    _checks.check_count("seed", seed, 0)
+    if batch_size > len(source):
+        raise _checks.ArgumentError(
+            f"`batch_size` must be at most the number of examples, {len(source)}; got "
+            f"{batch_size}. Use batch_size={len(source)}."
+        )
+    order = grain.MapDataset.source(source).seed(seed).shuffle().repeat().batch(batch_size)
+    return Stream(order, ThreadPoolExecutor(num_threads))
+
+
+class Stream:
+    """`stream(start, stop)` is the function from step to batch of these steps, on the device.
+
+    While the device works on them the next as many are read: memory holds both.
+    """
+
+    def __init__(self, order: Sequence[Any], readers: ThreadPoolExecutor) -> None:
+        self._order, self._readers = order, readers
+        self._stacker = ThreadPoolExecutor(1)
+        self._ahead: dict[tuple[int, int], Future] = {}
+        self._length = 0
+
+    def __call__(self, start: int, stop: int) -> Partial:
+        _checks.check_count("start", start, 0)
+        _checks.check_count("stop", stop, start + 1)
+        # A shorter last row is padded to the length of the others: their program serves it too.
+        self._length = max(self._length, stop - start)
+        ahead = self._ahead.pop((start, stop), None) or self._read(start, stop)
+        stacks = ahead.result()
+        self._ahead = {(stop, 2 * stop - start): self._read(stop, 2 * stop - start)}
+        return Partial(_batch, stacks, np.int32(start))
+
+    def _read(self, start: int, stop: int) -> Future:
+        return self._stacker.submit(self._stack, start, stop, self._length)
+
+    def _stack(self, start: int, stop: int, length: int) -> Any:
+        batches = list(self._readers.map(self._order.__getitem__, range(start, stop)))
+        batches += batches[-1:] * (length - len(batches))
+        return jax.device_put(jax.tree.map(lambda *leaves: np.stack(leaves), *batches))
+
+
+def _batch(stacks: Any, start: Any, step: Any) -> Any:
+    return jax.tree.map(lambda stack: stack[step - start], stacks)
