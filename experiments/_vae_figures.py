@@ -67,11 +67,13 @@ def aggregate(codes: dict[str, Array], labels: Array) -> Figure:
 
 def plane(posteriors: list[ss.GaussianMixture], draws: dict[str, Any]) -> Figure:
     """True posteriors at three of the observations, and the first seed's draws from both."""
-    figure, axes = plt.subplots(3, 3, figsize=(9.5, 9.5), layout="constrained")
+    figure, axes = plt.subplots(3, 3, figsize=(9.5, 7.5), layout="constrained")
     extent = (-3.2, 3.2, -2.4, 2.4)
     for column, i in enumerate((0, 2, 4)):
         log_prob = jax.jit(posteriors[i].log_prob)
         plots.density_2d(log_prob, extent=extent, ax=axes[0, column]).set_title("true posterior")
         for ax, (name, z) in zip(axes[1:, column], draws.items(), strict=True):
             plots.scatter_2d(z[0, i], extent=extent, color=COLORS[name], ax=ax).set_title(name)
+    for ax in axes.flat:
+        ax.set(xlabel="$z_1$", ylabel="$z_2$")
     return figure
