@@ -31,6 +31,7 @@ format: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(RUN) -m benchmarks.bench_overhead
 	$(RUN) -m benchmarks.bench_losses
+	$(RUN) -m benchmarks.bench_likelihood
 
 clean:
 	rm -rf .venv .venv-* runs .pytest_cache .ruff_cache

@@ -222,6 +222,7 @@ def test_a_root_finder_that_fails_on_a_grid_says_so():
 
 
 @pytest.mark.diffrax_keys  # a Brownian tree splits its keys again
+@pytest.mark.slow
 def test_the_brownian_tree_resolves_what_it_must_by_default():
     """Half the shortest step of a grid; 1e-5 where steps adapt."""
     ts = ss.log_snr_grid(SDE, 6)

@@ -37,7 +37,13 @@ def terminal(gmm, sde):
     return ss.marginal(gmm, sde, sde.t1).log_prob
 
 
-@pytest.mark.parametrize(("name", "dim"), [*((n, d) for n in SDES for d in (2, 16)), ("VP", 64)])
+@pytest.mark.parametrize(
+    ("name", "dim"),
+    [
+        *(("VP", 2), ("VP", 64), ("SubVP", 2), ("VE", 2)),
+        *(pytest.param(name, 16, marks=pytest.mark.slow) for name in SDES),
+    ],
+)
 def test_exact_likelihood_and_round_trip(name, dim, x64):
     """log p_t0 within 1e-6 nats per dimension, and decode(encode(x)) = x within 1e-5; solver
     tolerance 1e-9, so some 1e-8 is expected.

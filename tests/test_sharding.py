@@ -62,6 +62,7 @@ def test_eight_devices_agree_with_one(layout, one_device, tmp_path):
     assert any("devices" in spec for spec in found["shards"]) == (layout == "params")
 
 
+@pytest.mark.slow
 def test_two_processes_agree_with_one(one_device, tmp_path):
     port = free_port()
     finish(*(start(tmp_path, "data", process, port) for process in range(2)))
