@@ -72,6 +72,13 @@ def check_numbers(config: Any, *, may_be_zero: tuple[str, ...]) -> None:
             )
 
 
+def check_limits(config: Any, **limits: tuple[float, float]) -> None:
+    """Each of these numbers of a configuration lies between its limits, which it may meet."""
+    for name, (low, high) in limits.items():
+        if not low <= getattr(config, name) <= high:
+            raise ValueError(f"`{name}` must lie in {low} … {high}; got {getattr(config, name)}.")
+
+
 @contextlib.contextmanager
 def results_folder(out: Path, config: Any) -> Iterator[Path]:
     """A folder to write into, which becomes `out` when the block ends well and leaves nothing when

@@ -30,6 +30,7 @@ import sde_score as ss
 from experiments._run import (
     Metrics,
     as_dict,
+    check_limits,
     check_numbers,
     cli,
     estimate,
@@ -80,11 +81,7 @@ class Config:
     def __post_init__(self) -> None:
         check_numbers(self, may_be_zero=("seed", "smoothing", "weight_decay"))
         limits = {"num_digits": (10, 297), "num_patches": (10, 104), "num_draws": (4, 1000)}
-        for name, (low, high) in limits.items():
-            if not low <= getattr(self, name) <= high:
-                raise ValueError(
-                    f"`{name}` must lie in {low} … {high}; got {getattr(self, name)}."
-                )
+        check_limits(self, **limits)
 
 
 QUICK = Config(

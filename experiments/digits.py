@@ -28,6 +28,7 @@ import sde_score as ss
 from experiments._run import (
     Metrics,
     as_dict,
+    check_limits,
     check_numbers,
     cli,
     estimate,
@@ -74,12 +75,7 @@ class Config:
     def __post_init__(self) -> None:
         check_numbers(self, may_be_zero=("seed", "dropout", "smoothing", "weight_decay"))
         limits = {"num_test": (10, 297), "num_samples": (10, 10**6), "num_probes": (2, 1000)}
-        limits |= {"dropout": (0, 0.99), "smoothing": (0, 1)}
-        for name, (low, high) in limits.items():
-            if not low <= getattr(self, name) <= high:
-                raise ValueError(
-                    f"`{name}` must lie in {low} … {high}; got {getattr(self, name)}."
-                )
+        check_limits(self, **limits, dropout=(0, 0.99), smoothing=(0, 1))
         if not self.mixture_components or min(self.mixture_components) < 1:
             raise ValueError(
                 "`mixture_components` must hold numbers of components, each at least 1; got "

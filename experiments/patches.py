@@ -28,6 +28,7 @@ import sde_score as ss
 from experiments._run import (
     Metrics,
     as_dict,
+    check_limits,
     check_numbers,
     cli,
     estimate,
@@ -72,8 +73,7 @@ class Config:
 
     def __post_init__(self) -> None:
         check_numbers(self, may_be_zero=("seed", "dropout"))
-        if not 4 <= self.num_test <= 104:
-            raise ValueError(f"`num_test` must lie in 4 … 104; got {self.num_test}.")
+        check_limits(self, num_test=(4, 104))
         if SHAPE[0] % (self.fold * 2 ** (len(self.multipliers) - 1)):
             raise ValueError(
                 f"`fold` times two to the number of halvings must divide {SHAPE[0]}; got "

@@ -92,7 +92,7 @@ class Checkpoints:
         if first:
             self._clean()
         damaged = []
-        for manifest in sorted(self.folder.glob("[0-9]*.json"), reverse=True):
+        for manifest in reversed(self._manifests()):
             record, fault = _verified(manifest)
             if record is None:
                 damaged.append(fault)
