@@ -45,7 +45,7 @@ def read_pth(path: str | os.PathLike, *, max_bytes: int = 2**32, sha256: str | N
     before it, which has none: give its `sha256`. Ordered dictionaries become dictionaries,
     parameters arrays. `max_bytes` bounds the file, and what its tensors take together.
     """
-    with _open(path, max_bytes, sha256) as file:
+    with open_verified(path, max_bytes, sha256) as file:
         start = file.read(4)
         file.seek(0)
         try:
@@ -59,7 +59,7 @@ def read_safetensors(
     path: str | os.PathLike, *, max_bytes: int = 2**32, sha256: str | None = None
 ) -> dict[str, np.ndarray]:
     """The arrays of a safetensors file by name; the format has no checksum: give its `sha256`."""
-    with _open(path, max_bytes, sha256):
+    with open_verified(path, max_bytes, sha256):
         try:
             with safe_open(path, framework="np") as tensors:
                 return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
@@ -75,7 +75,8 @@ def _refusal(path: str | os.PathLike, kind: str, error: Any) -> _checks.Argument
     )
 
 
-def _open(path: str | os.PathLike, max_bytes: int, sha256: str | None) -> BinaryIO:
+def open_verified(path: str | os.PathLike, max_bytes: int, sha256: str | None) -> BinaryIO:
+    """A file of at most that size, with that digest."""
     _checks.check_count("max_bytes", max_bytes)
     try:
         file = open(path, "rb")

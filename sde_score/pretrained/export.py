@@ -16,13 +16,14 @@ import numpy as np
 from jax.tree_util import Partial
 
 from sde_score import _checks, parameterization
-from sde_score._typing import bind
+from sde_score._typing import Params, bind
 from sde_score.nets.mlp import MLP
-from sde_score.nets.unet import UNet
+from sde_score.nets.unet import Context, UNet
 from sde_score.pretrained import diffusers, score_sde
+from sde_score.pretrained._torch_file import open_verified
 from sde_score.pretrained.score_sde import Pretrained
 from sde_score.sde import VE, VP, SubVP
-from sde_score.training.parameters import load_params, save_params
+from sde_score.training.parameters import check_same, load_params, named_leaves, save_params
 
 CLASSES = {cls.__name__: cls for cls in (UNet, MLP, VP, SubVP, VE)}
 ACTIVATIONS = {"swish": nn.swish, "relu": nn.relu, "elu": nn.elu, "tanh": nn.tanh, "gelu": nn.gelu}
@@ -57,11 +58,17 @@ def save_pretrained(path: str | os.PathLike, pretrained: Pretrained) -> None:
     save_params(path, {"params": pretrained.params, "arrays": arrays}, metadata)
 
 
-def load_pretrained(path: str | os.PathLike) -> Pretrained:
-    """The model in a file of `save_pretrained`, exactly; the file is not trusted."""
+def load_pretrained(
+    path: str | os.PathLike, *, max_bytes: int = 2**32, sha256: str | None = None
+) -> Pretrained:
+    """The model in a file of `save_pretrained`, exactly; the file, of at most `max_bytes` and of
+    that digest where one is given, is not trusted.
+    """
     try:
-        tree, metadata = load_params(path)
+        with open_verified(path, max_bytes, sha256):
+            tree, metadata = load_params(path)
         net, sde = _made(metadata["net"]), _made(metadata["sde"])
+        check_same(path, named_leaves(tree["params"]), _wanted(net, tree["params"]))
         parts = {"net": bind(net.apply, tree["params"]), **tree.get("arrays", {})}
         low, high = metadata["data_range"]
         functions = [_restore(metadata[name], parts) for name in _MADE]
@@ -73,6 +80,24 @@ def load_pretrained(path: str | os.PathLike) -> Pretrained:
             f"({type(error).__name__}: {error}). For parameters alone take load_params."
         ) from error
     return Pretrained(net, tree["params"], sde, (low, high), *functions)
+
+
+def _wanted(net: UNet | MLP, params: Params) -> dict[str, Any]:
+    """The names and shapes of the network's parameters, in the file's dtypes."""
+    context = None
+    if isinstance(net, UNet):
+        size = 2 ** (len(net.multipliers) - 1)
+        shape = (size, size, net.channels)
+        context = Context(label=None if net.num_classes is None else jnp.int32(0))
+    else:
+        shape = params["params"]["output"]["bias"].shape  # an image's is not known
+    x = jax.ShapeDtypeStruct(shape, jnp.float32)
+    like = jax.eval_shape(net.init, jax.random.key(0), x, jnp.float32(1.0), context)
+    got = named_leaves(params)
+    return {
+        name: jax.ShapeDtypeStruct(leaf.shape, got.get(name, leaf).dtype)
+        for name, leaf in named_leaves(like).items()
+    }
 
 
 def _describe(value: Any, model: Pretrained, arrays: dict[str, Any]) -> Any:

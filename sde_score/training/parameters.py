@@ -24,7 +24,7 @@ def save_params(path: str | os.PathLike, params: Params, metadata: Any = None) -
     file.
     """
     path = Path(path)
-    tensors = {name: jnp.asarray(leaf) for name, leaf in _named_leaves(params).items()}
+    tensors = {name: jnp.asarray(leaf) for name, leaf in named_leaves(params).items()}
     text = json.dumps(metadata)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -56,14 +56,14 @@ def load_params(path: str | os.PathLike, like: Params = None) -> tuple[Params, A
         ) from error
     if like is None:
         return _nested(tensors), metadata
-    wanted = _named_leaves(like)
-    _check_same(path, tensors, wanted)
-    return jax.tree.unflatten(
-        jax.tree.structure(like), [tensors[name] for name in wanted]
-    ), metadata
+    wanted = named_leaves(like)
+    check_same(path, tensors, wanted)
+    leaves = [tensors[name] for name in wanted]
+    return jax.tree.unflatten(jax.tree.structure(like), leaves), metadata
 
 
-def _named_leaves(tree: Params) -> dict[str, Any]:
+def named_leaves(tree: Params) -> dict[str, Any]:
+    """The arrays of a tree by their names in a file."""
     leaves, _ = tree_flatten_with_path(tree)
     named = {keystr(path, simple=True, separator=_SEPARATOR): leaf for path, leaf in leaves}
     depths = [name.count(_SEPARATOR) + 1 for name in named]
@@ -86,7 +86,8 @@ def _nested(tensors: dict[str, Any]) -> dict[str, Any]:
     return root
 
 
-def _check_same(path: str | os.PathLike, got: dict[str, Any], want: dict[str, Any]) -> None:
+def check_same(path: str | os.PathLike, got: dict[str, Any], want: dict[str, Any]) -> None:
+    """The arrays of the file `path` have the names, shapes and dtypes that are wanted."""
     differences = [f"{name}: missing" for name in want.keys() - got.keys()]
     differences += [f"{name}: unexpected" for name in got.keys() - want.keys()]
     for name in sorted(want.keys() & got.keys()):

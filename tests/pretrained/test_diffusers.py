@@ -266,6 +266,33 @@ def test_foreign_files_are_refused(tmp_path, name):
         load_pretrained(path)
 
 
+@pytest.mark.parametrize("name", ["missing", "unexpected", "float32\\[3, 2\\] instead"])
+def test_parameters_of_another_network_are_refused(tmp_path, name):
+    path = tmp_path / "a.safetensors"
+    save_pretrained(path, mlp(ss.VP(), ss.score_from_noise))
+    tree, metadata = ss.load_params(path)
+    layers = tree["params"]["params"]
+    layers |= {"unexpected": {"more": {"bias": jnp.ones(3)}}}.get(name, {})
+    if name == "missing":
+        del layers["time_0"]
+    elif name != "unexpected":
+        layers["input"]["kernel"] = jnp.ones((3, 2))
+    ss.save_params(path, tree, metadata)
+    with pytest.raises(ValueError, match=f"differ:\n  params/.*{name}"):
+        load_pretrained(path)
+
+
+def test_our_own_file_is_verified(tmp_path):
+    path = tmp_path / "a.safetensors"
+    save_pretrained(path, mlp(ss.VP(), ss.score_from_noise))
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert load_pretrained(path, sha256=digest).sde == ss.VP()
+    with pytest.raises(ValueError, match="must be of SHA-256 00, whole"):
+        load_pretrained(path, sha256="00")
+    with pytest.raises(ValueError, match="at most `max_bytes` = 100 bytes"):
+        load_pretrained(path, max_bytes=100)
+
+
 def test_the_command_converts_and_answers_in_one_line(tmp_path, capsys):
     out, config = tmp_path / "out.safetensors", DATA / "vp_ddpmpp.json"
     assert main([str(DATA / "vp_ddpmpp.pth"), "--config", str(config), "--out", str(out)]) == 0
