@@ -22,11 +22,10 @@ import numpy as np
 import optax
 from jax.tree_util import Partial
 from jaxtyping import Array
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from sklearn.svm import SVC
 
 import sde_score as ss
+from experiments._controllable_figures import classes_figure, problems_figure
 from experiments._run import (
     Metrics,
     as_dict,
@@ -70,7 +69,8 @@ class Config:
     num_patches: int = 104
     num_draws: int = 8  # for each observation
     num_resamples: int = 5  # of inpainting and colourisation
-    num_particles: int = 64  # of twisted sequential Monte Carlo
+    num_particles: int = 256  # of twisted sequential Monte Carlo, and its `sigma_data`
+    particles_sigma: float = 0.8
     pgdm_sigma: float = 0.3  # of the digits for ΠGDM; keeps more classes than 0.2 and 0.55
     sample_steps: int = 60
     noise: float = 0.02  # of what is observed, on a range of 2
@@ -133,8 +133,8 @@ def main(config: Config) -> Metrics:
                 if name == "digits":
                     metrics |= judge(task, draws, labels)
                     metrics |= judge(f"{task}_mean", draws.mean(axis=1, keepdims=True), labels)
-            plots.save(_problems_figure(found, real, metrics), folder / f"{name}.png")
-        plots.save(_classes_figure(classes, metrics), folder / "classes.png")
+            plots.save(problems_figure(found, real, metrics), folder / f"{name}.png")
+        plots.save(classes_figure(classes, metrics), folder / "classes.png")
         metrics["total_seconds"] = time.perf_counter() - start
         ss.save_params(folder / "params.safetensors", params, as_dict(config))
         write_json(folder / "metrics.json", metrics)
@@ -337,7 +337,7 @@ def _particles(
 ) -> Array:
     """By twisted sequential Monte Carlo; draws from its weighted particles."""
     run_key, draw_key = jax.random.split(key)
-    options = {"noise": config.noise, "sigma_data": config.digits_sigma}
+    options = {"noise": config.noise, "sigma_data": config.particles_sigma}
     options |= {"ts": ss.log_snr_grid(SAMPLED, config.sample_steps)}
     options |= {"num_particles": config.num_particles}
     found = ss.twisted_smc(run_key, score_fn, SAMPLED, operator, y, **options)
@@ -370,60 +370,24 @@ def _compare(name: str, seen: Array, draws: Array, x0: Array) -> Metrics:
     law, from real ones that were not observed.
     """
 
-    def psnr(x: Array, x0: Array) -> Array:
-        error = jnp.mean((jnp.clip(x, -1.0, 1.0) - x0) ** 2, axis=(-3, -2, -1))
-        return 10.0 * jnp.log10(4.0 / error)  # of a range of 2, in dB
-
     return (
-        estimate(f"{name}_psnr", psnr(draws, x0[:, None]).mean(axis=1))
-        | estimate(f"{name}_mean_psnr", psnr(draws.mean(axis=1), x0))
-        | estimate(f"{name}_seen_psnr", psnr(seen, x0))
+        estimate(f"{name}_psnr", _psnr(draws, x0[:, None]).mean(axis=1))
+        | estimate(f"{name}_mean_psnr", _psnr(draws.mean(axis=1), x0))
+        | estimate(f"{name}_seen_psnr", _psnr(seen, x0))
         | _energy_distance(name, draws[::2, 0], x0[1::2])
     )
+
+
+def _psnr(x: Array, x0: Array) -> Array:
+    """10 log10(2²/mean square error), in dB, of images on a range of 2."""
+    error = jnp.mean((jnp.clip(x, -1.0, 1.0) - x0) ** 2, axis=(-3, -2, -1))
+    return 10.0 * jnp.log10(4.0 / error)
 
 
 def _energy_distance(name: str, x: Array, real: Array) -> Metrics:
     value, stderr = ss.metrics.energy_distance(x, real)
     name = f"{name}_energy_distance"
     return {name: float(value), f"{name}_stderr": float(stderr)}
-
-
-def _classes_figure(classes: dict[str, Array], metrics: Metrics) -> Figure:
-    """A column for each class."""
-    figure = Figure(figsize=(13, 4), layout="constrained")
-    axes = figure.subplots(1, len(classes))
-    for ax, (name, images) in zip(axes, classes.items(), strict=True):
-        plots.image_grid(images[:80], columns=10, value_range=(-1.0, 1.0), ax=ax)
-        title = f"{name}: {metrics[f'{name}_accuracy']:.1%} recognised"
-        _name_columns(ax, title, {str(digit): digit for digit in range(10)}, 8)
-    return figure
-
-
-def _problems_figure(found: dict[str, tuple[Array, Array]], x0: Array, metrics: Metrics) -> Figure:
-    """A row for each image: what is seen of it, four draws, the mean of all, the truth."""
-    figure = Figure(figsize=(4.5 * len(found), 5.2), layout="constrained")
-    rows = np.linspace(0, len(x0) - 1, 8).astype(int)
-    for ax, (name, (seen, draws)) in zip(
-        figure.subplots(1, len(found)), found.items(), strict=True
-    ):
-        columns = [seen[:, None], draws[:, :4], draws.mean(axis=1, keepdims=True), x0[:, None]]
-        images = jnp.concatenate(columns, axis=1)[rows].reshape(-1, *x0.shape[1:])
-        plots.image_grid(images, columns=7, value_range=(-1.0, 1.0), ax=ax)
-        sample, mean = (metrics[f"{name}_{part}"] for part in ("psnr", "mean_psnr"))
-        names = {"seen": 0, "samples": 2.5, "mean": 5, "truth": 6}
-        title = f"{name}: samples {sample:.1f} dB, mean {mean:.1f} dB"
-        _name_columns(ax, title, names, x0.shape[1])
-    return figure
-
-
-def _name_columns(ax: Axes, title: str, names: dict[str, float], size: int) -> None:
-    ax.set_axis_on()
-    ax.xaxis.tick_top()
-    ax.set_xticks([(size + 1) * place + (size - 1) / 2 for place in names.values()], list(names))
-    ax.tick_params(length=0)
-    ax.set_yticks([])
-    ax.spines[:].set_visible(False)
-    ax.set_title(title.replace("_", "-"))
 
 
 if __name__ == "__main__":

@@ -45,6 +45,8 @@ class Config:
     num_steps: int = 1_000
     batch_size: int = 64
     num_parts: int = 1  # of a batch, one at a time in memory
+    distributed: bool = False  # over several processes, as SLURM or a pod starts them
+    shard_params: bool = False  # over all devices, instead of a copy on each
     learning_rate: float = 2e-4
     warm_up: int = 500
     clip: float = 1.0
@@ -77,7 +79,10 @@ LEVELS = {"digits": 17}
 
 def main(config: Config) -> Metrics:
     """Train or go on, evaluate; returns the metrics that it writes."""
-    train, test, feed = _data(config)
+    if config.distributed:
+        jax.distributed.initialize()
+    mesh = ss.make_mesh()
+    train, test, feed = _data(config, mesh)
     shape = (*[side + -side % 8 for side in test.images.shape[1:3]], test.images.shape[3])
     model = Model(config, shape)
     init_key, batch_key, fit_key, eval_key = jax.random.split(jax.random.key(config.seed), 4)
@@ -91,12 +96,14 @@ def main(config: Config) -> Metrics:
         [config.warm_up],
     )
     optimizer = optax.chain(optax.clip_by_global_norm(config.clip), optax.adam(schedule))
-    batches = ss.data.batches(batch_key, train, config.batch_size)
+    params = (ss.shard_params if config.shard_params else ss.replicate)(params, mesh)
+    batches = ss.shard_batches(ss.data.batches(batch_key, train, config.batch_size), mesh)
     loss = partial(model.loss, constants)
     if config.dry_run:
         return dry_run(fit_key, config, loss, params, optimizer, batches)
     evaluate = Evaluation(config, model, constants, eval_key, train, test)
     left_out = {"out", "num_steps", "resume", "dry_run", "data_dir", "save_every"}
+    left_out |= {"distributed", "shard_params"}
     state = ss.train(
         fit_key,
         loss,
@@ -122,9 +129,10 @@ def main(config: Config) -> Metrics:
         metrics = evaluate(state)
     if config.num_flow > 1:
         metrics |= evaluate.flow_bits(state)
-    ss.save_params(config.out / "score.safetensors", state.ema_params, as_dict(config))
-    write_json(config.out / "config.json", as_dict(config))
-    write_json(config.out / "metrics.json", metrics)
+    if jax.process_index() == 0:
+        ss.save_params(config.out / "score.safetensors", _whole(state.ema_params), as_dict(config))
+        write_json(config.out / "config.json", as_dict(config))
+        write_json(config.out / "metrics.json", metrics)
     return metrics
 
 
@@ -206,7 +214,7 @@ class Evaluation:
 
     def __call__(self, state: ss.TrainState) -> Metrics:
         config, model, sde = self.config, self.model, self.model.sde
-        score_fn = model.score(self.constants, state.ema_params)
+        score_fn = model.score(self.constants, _whole(state.ema_params))
         data_key, loss_key, bits_key, sample_key = jax.random.split(self.key, 4)
         x0 = model.to_model(data_key, self.images)
         keys = jax.random.split(sample_key, config.num_eval)
@@ -214,10 +222,11 @@ class Evaluation:
         low, high = model.range
         kept = np.clip(samples, low, high)[:, : self.images.shape[1], : self.images.shape[2]]
         levels = np.floor((kept - low) / (high - low) * (model.levels - 1) + 0.5)
-        frames = config.out / "film"
-        frames.mkdir(parents=True, exist_ok=True)
-        np.save(frames / f"{int(state.step):08d}.npy", levels[:8].astype(np.uint8))
-        _film(frames, model.levels).savefig(config.out / "film.png", dpi=120)
+        if jax.process_index() == 0:
+            frames = config.out / "film"
+            frames.mkdir(parents=True, exist_ok=True)
+            np.save(frames / f"{int(state.step):08d}.npy", levels[:8].astype(np.uint8))
+            _film(frames, model.levels).savefig(config.out / "film.png", dpi=120)
         metrics: Metrics = {}
         distance = ss.metrics.energy_distance(samples, x0)
         metrics["energy_distance"], metrics["energy_distance_stderr"] = map(float, distance)
@@ -237,11 +246,16 @@ class Evaluation:
 
     def flow_bits(self, state: ss.TrainState) -> Metrics:
         """By the probability flow, of the first `num_flow` images."""
-        score_fn = self.model.score(self.constants, state.ema_params)
+        score_fn = self.model.score(self.constants, _whole(state.ema_params))
         x0 = self.model.to_model(self.key, self.images[: self.config.num_flow])
         options = {"rtol": 1e-3, "atol": 1e-3, "chunk_size": 16}
         out = ss.dataset_log_likelihood(self.key, score_fn, self.model.sde, x0, **options)
         return estimate("bits_per_dim", self.bits(out.log_probs))
+
+
+def _whole(params: Any) -> Any:
+    """The parameters on this process's device, wherever they lie: each evaluates for itself."""
+    return jax.device_get(ss.replicate(params, ss.make_mesh()))
 
 
 def _draw(key: ss.Key, score_fn: Partial, sde: ss.SDE, like: Array) -> Array:
@@ -309,7 +323,7 @@ def dry_run(
     }
 
 
-def _data(config: Config) -> tuple[Any, Any, Any]:
+def _data(config: Config, mesh: Any) -> tuple[Any, Any, Any]:
     """Training and held-out examples, and the stream that replaces the first."""
     if config.data in ("digits", "patches"):
         return *getattr(ss.data, config.data)(), None
@@ -320,7 +334,8 @@ def _data(config: Config) -> tuple[Any, Any, Any]:
     if not config.stream:
         return tfds.load(name, split="train", **options), test, None
     source = tfds.open_source(name, split="train", **options)
-    return test, test, stream.stream(source, config.seed, config.batch_size)
+    feed = stream.stream(source, config.seed, config.batch_size, mesh=mesh)
+    return test, test, feed
 
 
 if __name__ == "__main__":

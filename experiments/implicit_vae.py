@@ -2,47 +2,58 @@
 
 Three networks learn side by side: an encoder z = g(ε, x) whose density nobody knows, a decoder,
 and the score of the encoder, by sliced score matching, which gives the gradient of its entropy.
-Here g = m(ε₁, x) + s(x) ε₂. Beside it the ordinary VAE: the same layers without ε₁, of known
-entropy. Both see the same batches for the same number of steps.
+Here g = m(ε₁, x) + s(x) ε₂. Beside it the ordinary VAE: the same layers without ε₁, a diagonal
+Gaussian of known entropy, twice: for as many steps, on the same batches, and for
+`gaussian_step_factor` times as many ("gaussian_longer"), about as long as the implicit one takes:
+`cost_ratio` measures it, the factor is whole and given so that a run can be repeated.
 
-Digits: scikit-learn's 8×8, black where a pixel is at least 8 of 16, a Bernoulli decoder and a
-latent normal prior. The held-out likelihood is by annealed importance sampling, which asks no
-encoder. Plane: a mixture of two Gaussians, one coordinate observed with noise, so that the
-posterior is a mixture of two too, in closed form.
+Digits: scikit-learn's 8×8, or MNIST where it has been prepared, white where a pixel is at least
+half of the range, a Bernoulli decoder and a latent normal prior. The held-out likelihood is by
+annealed importance sampling, which asks no encoder; its intervals are over seeds and digits.
+Plane: a mixture of two Gaussians, one coordinate observed with noise, so that the posterior is a
+mixture of two too, in closed form. The density of the implicit encoder is a quadrature over ε₁.
 
-Writes loss.png (−log p(x, z), which both have), digits.png (reconstructions, samples),
-posterior.png (the aggregate posteriors), bimodal.png, metrics.json, config.json and
+Writes loss.png (−log p(x, z), which all have, and the likelihoods), digits.png (reconstructions,
+samples), posterior.png (the aggregate posteriors), bimodal.png, metrics.json, config.json and
 params.safetensors.
 """
 
 import dataclasses
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Array
 
 import sde_score as ss
-from experiments._ais import ais_log_weights, log_mean_exp
+from experiments._ais import marginal_likelihood, two_way_interval
 from experiments._run import (
     Metrics,
     as_dict,
+    check_limits,
     check_numbers,
     cli,
     estimate,
     results_folder,
     write_json,
 )
-from experiments._vae import NAMES, Decoder, Encoder, Model, train_both
+from experiments._vae import (
+    Decoder,
+    Encoder,
+    Model,
+    bernoulli,
+    encoder_log_prob,
+    gradient_noise,
+    train_all,
+)
 from experiments._vae_figures import aggregate, images, losses, plane
 from sde_score import plots
+from sde_score.data import tfds
 
 PRIOR = ss.GaussianMixture(
     np.array([0.4, 0.6]), np.array([[-1.2, 0.3], [1.2, -0.3]]), np.stack([0.36 * np.eye(2)] * 2)
@@ -54,10 +65,13 @@ NOISE = 0.5  # of what is observed of the plane: its second coordinate
 class Config:
     """Everything that a run depends on."""
 
+    data: Literal["digits", "mnist"] = "digits"
+    data_dir: Path | None = None
     latent: int = 8
     width: int = 128
     num_seeds: int = 5
     num_steps: int = 3_000
+    gaussian_step_factor: int = 3  # of the Gaussian encoder trained longer
     batch_size: int = 128
     learning_rate: float = 1e-3
     score_steps: int = 3  # for each step of the encoder and the decoder
@@ -75,11 +89,11 @@ class Config:
 
     def __post_init__(self) -> None:
         check_numbers(self, may_be_zero=("seed", "weight_decay"))
-        if not (self.num_seeds >= 2 and 10 <= self.num_test <= 297 and self.num_chains >= 2):
-            raise ValueError(
-                "`num_seeds` and `num_chains` must be at least 2, `num_test` in 10 … 297; got "
-                f"{self.num_seeds}, {self.num_chains}, {self.num_test}."
-            )
+        most = 297 if self.data == "digits" else 10_000
+        limits = {"num_test": (10, most), "num_samples": (100, 1_000_000)}
+        check_limits(self, **limits, num_seeds=(2, 100), num_chains=(2, 10_000))
+        if self.data == "mnist" and self.data_dir is None:
+            raise ValueError("`data_dir` must be given for mnist. Add --data-dir DIR.")
 
 
 QUICK = Config(
@@ -93,30 +107,33 @@ QUICK = Config(
 
 
 def main(config: Config) -> Metrics:
-    """Train both on either data, evaluate; returns the metrics that it writes."""
+    """Train all on either data, evaluate; returns the metrics that it writes."""
     start = time.perf_counter()
     with results_folder(config.out, config) as folder:
-        keys = iter(jax.random.split(jax.random.key(config.seed), 8))
-        train, test = ss.data.digits()
-        binary = lambda images: jnp.asarray(images >= 8, jnp.float32)
-        model = _digits_model(config)
-        params, curves, metrics = train_both(next(keys), config, model, binary(train.images))
-        held_out = binary(test.images[: config.num_test])
-        ais_key = next(keys)
-        log_probs = {}
-        for name in NAMES:
-            decoder = params[name]["decoder"]
-            log_probs[name], costs = _ais(
-                jax.random.clone(ais_key), config, decoder, held_out, name
-            )
+        train_key, ais_key, noise_key, show_key, code_key, plane_key = jax.random.split(
+            jax.random.key(config.seed), 6
+        )
+        x, held_out, labels = _data(config)
+        model = _image_model(config, x.shape[1:])
+        steps = dict.fromkeys(("gaussian", "implicit"), config.num_steps)
+        steps["gaussian_longer"] = config.gaussian_step_factor * config.num_steps
+        params, curves, metrics = train_all(train_key, config, model, steps, x)
+        ratio = metrics["implicit_train_seconds"] / metrics["gaussian_train_seconds"]
+        metrics["cost_ratio"] = ratio
+        few, log_probs, shown, codes = held_out[: config.num_test], {}, {}, {}
+        for i, (name, each) in enumerate(params.items()):
+            key = jax.random.fold_in(noise_key, i)
+            metrics |= gradient_noise(key, model, name, each, x[: config.batch_size])
+            decoder, key = each["decoder"], jax.random.clone(ais_key)  # common random numbers
+            log_probs[name], costs = marginal_likelihood(key, config, decoder, few, name)
             metrics |= costs
+            shown[name] = _reconstruct(jax.random.fold_in(show_key, i), config, name, each, few)
+            codes[name] = _encode(config, name, each, jax.random.fold_in(code_key, i), held_out)
         metrics |= _compare(log_probs)
-        plots.save(losses(curves), folder / "loss.png")
-        shown = {n: _reconstruct(next(keys), config, n, params[n], held_out) for n in NAMES}
-        plots.save(images(held_out, shown), folder / "digits.png")
-        codes = {n: _encode(config, n, params[n], next(keys), binary(test.images)) for n in NAMES}
-        plots.save(aggregate(codes, test.labels), folder / "posterior.png")
-        plane_metrics, plane_params, figure = _plane(next(keys), config)
+        plots.save(losses(curves, metrics), folder / "loss.png")
+        plots.save(images(few, shown), folder / "digits.png")
+        plots.save(aggregate(codes, labels), folder / "posterior.png")
+        plane_metrics, plane_params, figure = _plane(plane_key, config)
         plots.save(figure, folder / "bimodal.png")
         metrics |= plane_metrics | {"total_seconds": time.perf_counter() - start}
         everything = {"digits": params, "plane": plane_params}
@@ -125,63 +142,35 @@ def main(config: Config) -> Metrics:
     return metrics
 
 
-def _digits_model(config: Config) -> Model:
-    decoder = Decoder(config.width, (8, 8, 1))
+def _data(config: Config) -> tuple[Array, Array, Array]:
+    """Binary images to learn from, and 300 others (more if asked for) with their labels."""
+    if config.data == "digits":
+        train, test, half = *ss.data.digits(), 8
+    else:
+        load = partial(tfds.load, "mnist", data_dir=config.data_dir)
+        train, test, half = load(split="train"), load(split="test"), 128
+    num = max(300, config.num_test)
+    binary = lambda images: jnp.asarray(images >= half, jnp.float32)
+    return binary(train.images), binary(test.images[:num]), test.labels[:num]
+
+
+def _image_model(config: Config, shape: tuple[int, ...]) -> Model:
+    decoder = Decoder(config.width, shape)
     log_joint = lambda params, z, x: bernoulli(decoder, params, z, x) - 0.5 * jnp.sum(z**2)
-    return Model(log_joint, decoder, config.latent, config.width, config.num_steps)
-
-
-def bernoulli(decoder: Decoder, params: ss.Params, z: Array, x: Array) -> Array:
-    """log p(x | z) of a binary image, in nats."""
-    return -jnp.sum(optax.sigmoid_binary_cross_entropy(decoder.apply(params, z), x))
-
-
-def _ais(
-    key: ss.Key, config: Config, decoder: ss.Params, x: Array, name: str
-) -> tuple[np.ndarray, Metrics]:
-    """log p(x) of every seed and image, [num_seeds, num_test]; the cost, and what twice the chains
-    gained.
-    """
-    start = time.perf_counter()
-    log_w = _log_weights(config, key, decoder, x)
-    value = np.asarray(log_mean_exp(log_w), np.float64)
-    metrics = {f"{name}_ais_seconds": time.perf_counter() - start}
-    half = np.asarray(log_mean_exp(log_w[..., : config.num_chains // 2]), np.float64)
-    return value, metrics | {f"{name}_ais_gain": float((value - half).mean())}
-
-
-@partial(jax.jit, static_argnums=0)
-def _log_weights(config: Config, key: ss.Key, decoder: ss.Params, x: Array) -> Array:
-    """[num_seeds, num_test, num_chains]; step sizes come from a first run on ten images."""
-    pilot_key, run_key = jax.random.split(key)
-    net, num = Decoder(config.width, (8, 8, 1)), config.num_temperatures
-    options = {"dim": config.latent, "num_chains": config.num_chains}
-
-    def run(params: ss.Params, sizes: Array, adapt: float, key: ss.Key, x: Array) -> tuple:
-        likelihood = lambda z: bernoulli(net, params, z, x)
-        return ais_log_weights(key, likelihood, step_sizes=sizes, adapt=adapt, **options)
-
-    def of_seed(params: ss.Params) -> Array:
-        keys = jax.random.split(pilot_key, 10)
-        _, sizes = jax.vmap(partial(run, params, jnp.ones(num), 20 / num))(keys, x[:10])
-        sizes = jnp.exp(jnp.log(sizes).mean(0))
-        keys = jax.random.split(run_key, len(x))
-        return jax.vmap(partial(run, params, sizes, 0.0))(keys, x)[0]
-
-    return jax.vmap(of_seed)(decoder)
+    return Model(log_joint, decoder, config.latent, config.width)
 
 
 def _compare(log_probs: dict[str, np.ndarray]) -> Metrics:
-    """Means over seeds and digits, with 95 % intervals over digits and the spread over seeds."""
-    rows = log_probs | {"implicit_minus_gaussian": log_probs["implicit"] - log_probs["gaussian"]}
+    """Means over seeds and digits with 95 % intervals over both, and the spread over seeds."""
+    rows = dict(log_probs)
+    for name in ("gaussian", "gaussian_longer"):
+        rows[f"implicit_minus_{name}"] = log_probs["implicit"] - log_probs[name]
     metrics = {}
     for name, values in rows.items():
-        digits, seeds = values.mean(0), values.mean(1)
-        stderr = digits.std(ddof=1) / len(digits) ** 0.5
-        low, high = ss.confidence_interval(digits.mean(), stderr, len(digits))
-        metrics |= {f"{name}_log_prob": float(digits.mean()), f"{name}_log_prob_low": float(low)}
-        metrics[f"{name}_log_prob_high"] = float(high)
-        metrics[f"{name}_log_prob_seed_std"] = float(seeds.std(ddof=1))
+        mean, low, high = two_way_interval(values)
+        metrics |= {f"{name}_log_prob": mean, f"{name}_log_prob_low": low}
+        metrics[f"{name}_log_prob_high"] = high
+        metrics[f"{name}_log_prob_seed_std"] = float(values.mean(1).std(ddof=1))
     return metrics
 
 
@@ -201,7 +190,7 @@ def _reconstruct(
 ) -> tuple[Array, Array]:
     """Of the first 20 images, and 60 images from the prior."""
     encode_key, prior_key = jax.random.split(key)
-    decoder = Decoder(config.width, (8, 8, 1))
+    decoder = Decoder(config.width, x.shape[1:])
     decode = lambda z: nn.sigmoid(decoder.apply(_first(params)["decoder"], z))
     codes = _encode(config, name, params, encode_key, x[:20])
     drawn = jax.random.normal(prior_key, (60, config.latent))
@@ -209,60 +198,59 @@ def _reconstruct(
 
 
 def _plane(key: ss.Key, config: Config) -> tuple[Metrics, dict[str, ss.Params], Any]:
-    """The bimodal posterior: KL(q ‖ p) and the weight of a mode at five observations."""
+    """The bimodal posterior at five observations: KL(q ‖ p), and whether both modes are there."""
     data_key, train_key, draw_key, exact_key = jax.random.split(key, 4)
     log_likelihood = lambda z, x: -0.5 * jnp.sum((x - z[1]) ** 2) / NOISE**2
     log_joint = lambda params, z, x: PRIOR.log_prob(z) + log_likelihood(z, x)
-    model = Model(log_joint, None, 2, config.bimodal_width, config.bimodal_steps)
+    model = Model(log_joint, None, 2, config.bimodal_width)
     z_key, noise_key = jax.random.split(data_key)
     z = jax.vmap(PRIOR.sample)(jax.random.split(z_key, 20_000))[:, 1:]
     x = z + NOISE * jax.random.normal(noise_key, z.shape)
-    params, _, costs = train_both(train_key, config, model, x)
-    observed = jnp.quantile(x, jnp.array([0.1, 0.3, 0.5, 0.7, 0.9]))[:, None]
-    noise = jax.random.normal(draw_key, (config.num_samples, 4))
-    draws = {}
-    for name in NAMES:
-        encoder = Encoder(model.width, name == "implicit")
-        code = lambda p, x, e, encoder=encoder: encoder.apply(p["encoder"], x, e)[0]
-        every = jax.vmap(
-            jax.vmap(jax.vmap(code, (None, None, 0)), (None, 0, None)), (0, None, None)
-        )
-        draws[name] = jax.jit(every)(params[name], observed, noise)  # [seeds, 5, n, 2]
-    posteriors = [PRIOR.posterior(lambda z: z[1:], x, NOISE) for x in observed]
-    exact_keys = jax.random.split(exact_key, (len(posteriors), config.num_samples))
-    truth = [jax.vmap(p.sample)(k) for p, k in zip(posteriors, exact_keys, strict=True)]
+    steps = dict.fromkeys(("gaussian", "implicit"), config.bimodal_steps)
+    params, _, costs = train_all(train_key, config, model, steps, x)
     metrics = {f"bimodal_{name}": value for name, value in costs.items() if "seconds" in name}
-    kl = {name: _of_each(_kl, posteriors, z) for name, z in draws.items()}
-    bias = _of_each(_kl, posteriors, jnp.stack(truth)[None])  # of the estimator, as q = p
-    metrics["kl_bias"] = float(bias.mean())
-    for name, z in draws.items():
-        by_seed = (kl[name] - bias).mean(1)
-        metrics |= estimate(f"{name}_kl", by_seed)
-        metrics[f"{name}_weight_error"] = float(_of_each(_weight_error, posteriors, z).max())
-    metrics["bimodal_weight_error"] = metrics.pop("implicit_weight_error")
+    observed = jnp.quantile(x, jnp.array([0.1, 0.3, 0.5, 0.7, 0.9]))[:, None]
+    posteriors = [PRIOR.posterior(lambda z: z[1:], x, NOISE) for x in observed]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *posteriors)
+    exact_keys = jax.random.split(exact_key, (len(observed), 50_000))
+    truth = jax.jit(jax.vmap(lambda p, keys: _between(p, jax.vmap(p.sample)(keys))))
+    between, draws = truth(stacked, exact_keys), {}
+    for i, name in enumerate(steps):
+        judge = partial(_judge, Encoder(model.width, name == "implicit"), config.num_samples)
+        every = jax.vmap(jax.vmap(judge, (None, 0, 0, 0)), (0, None, None, 0))  # seeds × observed
+        keys = jax.random.split(jax.random.fold_in(draw_key, i), (config.num_seeds, len(observed)))
+        kl, share, mass, draws[name] = jax.jit(every)(params[name], stacked, observed, keys)
+        # draws of each seed are its own: the spread over seeds has the error of Monte Carlo in it
+        metrics |= estimate(f"{name}_kl", kl.mean(1))
+        which = "bimodal" if name == "implicit" else name
+        weight = stacked.weights[None, :, 0]
+        metrics[f"{which}_weight_error"] = float(jnp.abs(share - weight).max())
+        metrics[f"{which}_between_error"] = float(jnp.abs(mass - between[None]).max())
     return metrics, params, plane(posteriors, draws)
 
 
-def _of_each(fn: Callable, posteriors: list[ss.GaussianMixture], draws: Array) -> Array:
-    """[num_seeds, observations] of fn(posterior, draws)."""
-    return jnp.array([[fn(p, z) for p, z in zip(posteriors, row, strict=True)] for row in draws])
-
-
-@jax.jit
-def _kl(posterior: ss.GaussianMixture, z: Array) -> Array:
-    """KL(q ‖ p) from draws of q, log q by a kernel density of one half at the other."""
-    fitted, new = jnp.split(z, 2)
-    few = fitted[:500]  # choosing the width reads all pairs often; it falls as n^(−1/6)
-    width = ss.cross_validated_bandwidth(few) * (len(few) / len(fitted)) ** (1 / 6)
-    log_q = ss.kernel_density_log_prob(fitted, width)
-    return jnp.mean(jax.lax.map(lambda z: log_q(z) - posterior.log_prob(z), new, batch_size=100))
-
-
-@jax.jit
-def _weight_error(posterior: ss.GaussianMixture, z: Array) -> Array:
-    """|E_q p(first mode | z) − its weight|; 0 where q = p."""
+def _judge(
+    encoder: Encoder,
+    num: int,
+    params: ss.Params,
+    posterior: ss.GaussianMixture,
+    x: Array,
+    key: ss.Key,
+) -> tuple[Array, Array, Array, Array]:
+    """KL(q ‖ p), the weight of the first mode, the mass between the modes, and the draws of q."""
+    noise = jax.random.normal(key, (num, 4))
+    z = jax.vmap(lambda e: encoder.apply(params["encoder"], x, e)[0])(noise)
+    log_q = encoder_log_prob(encoder, params, x, z)
+    kl = jnp.mean(log_q - jax.vmap(posterior.log_prob)(z))
     share = jnp.mean(jax.vmap(posterior.responsibilities)(z)[:, 0])
-    return jnp.abs(share - posterior.weights[0])
+    return kl, share, _between(posterior, z), z
+
+
+def _between(posterior: ss.GaussianMixture, z: Array) -> Array:
+    """The share of draws that neither mode explains: both responsibilities are above 0.1. One
+    Gaussian over both modes has the right weights, but too much here.
+    """
+    return jnp.mean(jnp.min(jax.vmap(posterior.responsibilities)(z), axis=1) > 0.1)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,11 @@ from jax.core import Tracer
 
 from sde_score._typing import SDE, Scalar
 
+_DEQUANTISE = (
+    "Densities need continuous data: dequantise integers first, see sde_score.uniform_dequantize."
+)
+CONVERT = "Convert it with jnp.asarray(x, float)."
+
 
 class ArgumentError(ValueError):
     """A wrong argument, found by this library."""
@@ -41,7 +46,7 @@ def check_key(key: Any, name: str = "key") -> None:
         )
 
 
-def check_floating(name: str, x: Any) -> None:
+def check_floating(name: str, x: Any, fix: str = _DEQUANTISE) -> None:
     """`x` is an array of floating-point numbers."""
     try:
         dtype = jnp.result_type(x)
@@ -50,18 +55,15 @@ def check_floating(name: str, x: Any) -> None:
             f"`{name}` must be an array; got {type(x).__name__}. Convert it with jnp.asarray."
         ) from error
     if not jnp.issubdtype(dtype, jnp.floating):
-        raise ArgumentError(
-            f"`{name}` must be floating point; got {dtype}. Densities need continuous data: "
-            "dequantise integers first, see sde_score.uniform_dequantize."
-        )
+        raise ArgumentError(f"`{name}` must be floating point; got {dtype}. {fix}")
 
 
-def check_data(name: str, x: Any) -> None:
+def check_data(name: str, x: Any, fix: str = _DEQUANTISE) -> None:
     """Every leaf of `x` is a floating-point array, not empty and (where its values are known)
     finite.
     """
     for leaf in jax.tree.leaves(x):
-        check_floating(name, leaf)
+        check_floating(name, leaf, fix)
         if jnp.size(leaf) == 0:
             raise ArgumentError(f"`{name}` must not be empty; got shape {jnp.shape(leaf)}.")
         # numpy, as jnp makes a tracer even of a constant that a traced function closes over

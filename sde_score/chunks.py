@@ -4,12 +4,14 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sde_score import _checks
 from sde_score._typing import travelling
@@ -31,7 +33,12 @@ def print_progress(done: int, total: int, seconds: float) -> None:
 
 
 def map_in_chunks(
-    fn: Callable, xs: Any, *args: Any, chunk_size: int, progress: Progress | None = None
+    fn: Callable,
+    xs: Any,
+    *args: Any,
+    chunk_size: int,
+    mesh: Mesh | None = None,
+    progress: Progress | None = None,
 ) -> Any:
     """numpy arrays of fn(x_i, *args) for each x_i along the leading axis of the pytree `xs`,
     `chunk_size` at a time on the device.
@@ -39,8 +46,9 @@ def map_in_chunks(
     With keys for `xs`, fn = lambda key, s: sample_ode(key, s, sde, shape) and args = (s,) it draws
     samples: sample i is a function of key i, so the noise is the same bit for bit whatever the
     chunk, and the samples are up to the order of sums, which for adaptive steps means up to their
-    tolerance. Compiled once for each fn, as the last chunk is filled up. Where a chunk fails, by
-    a solve that exhausts its steps, say, the `ChunkError` keeps the finished ones.
+    tolerance. Compiled once for each fn, as the last chunk is filled up. A `mesh` of this
+    process's devices (make_mesh(local=True)) cuts the chunks among them. Where a chunk fails, by a
+    solve that exhausts its steps, say, the `ChunkError` keeps the finished ones.
     """
     _checks.check_count("chunk_size", chunk_size)
     sizes = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(xs)}
@@ -51,12 +59,16 @@ def map_in_chunks(
         )
     (total,) = sizes.pop()
     fn, args = travelling(fn), tuple(travelling(arg) for arg in args)
+    size, place = min(chunk_size, total), lambda chunk: chunk
+    if mesh is not None:
+        size += -size % mesh.size
+        place = partial(jax.device_put, device=NamedSharding(mesh, PartitionSpec(mesh.axis_names)))
+        fn, args = jax.device_put((fn, args), NamedSharding(mesh, PartitionSpec()))
     start, chunks = time.perf_counter(), []
     for first in range(0, total, chunk_size):
-        rows = jnp.minimum(first + jnp.arange(min(chunk_size, total)), total - 1)
         done = min(first + chunk_size, total)
         try:
-            values = _run(fn, jax.tree.map(lambda leaf, rows=rows: leaf[rows], xs), args)
+            values = _run(fn, place(_rows(xs, first, size)), args)
             values = jax.tree.map(lambda leaf, n=done - first: np.asarray(leaf)[:n], values)
         except (_checks.ArgumentError, TypeError):  # a wrong call, not a failure of the device's
             raise
@@ -79,6 +91,7 @@ def map_to_disk(
     *args: Any,
     folder: str | os.PathLike,
     chunk_size: int,
+    mesh: Mesh | None = None,
     progress: Progress | None = None,
 ) -> Path:
     """`map_in_chunks` of an array-valued fn into folder/FIRST.npy, a file for each chunk, named by
@@ -93,13 +106,12 @@ def map_to_disk(
     for first in firsts:
         path, last = folder / f"{first:09d}.npy", min(first + chunk_size, total)
         if not path.exists():
-            rows = jnp.minimum(first + jnp.arange(chunk_size), total - 1)  # one compilation
-            part = jax.tree.map(lambda leaf, rows=rows: leaf[rows], xs)
-            values = map_in_chunks(fn, part, *args, chunk_size=chunk_size)[: last - first]
-            partial = path.with_suffix(f".{os.getpid()}.partial")
-            with partial.open("wb") as file:
-                np.save(file, values)
-            os.replace(partial, path)
+            part = _rows(xs, first, chunk_size)  # all of one length: one compilation
+            values = map_in_chunks(fn, part, *args, chunk_size=chunk_size, mesh=mesh)
+            unfinished = path.with_suffix(f".{os.getpid()}.partial")
+            with unfinished.open("wb") as file:
+                np.save(file, values[: last - first])
+            os.replace(unfinished, path)
         if progress is not None:
             progress(last, total, time.perf_counter() - start)
     return folder
@@ -119,6 +131,12 @@ def load_chunks(folder: str | os.PathLike, total: int) -> np.ndarray:
             "missing. Run map_to_disk again, which makes what is not there."
         )
     return np.concatenate(parts)
+
+
+def _rows(xs: Any, first: int, size: int) -> Any:
+    """`size` examples from `first` on, the last one over and over where there are no more."""
+    rows = jnp.minimum(first + jnp.arange(size), len(jax.tree.leaves(xs)[0]) - 1)
+    return jax.tree.map(lambda leaf: leaf[rows], xs)
 
 
 def _reason(error: Exception) -> str:

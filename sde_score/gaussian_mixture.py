@@ -21,6 +21,7 @@ from sde_score._typing import SDE, Key, Scalar, bind
 from sde_score.losses.denoising import denoising_score_matching
 from sde_score.losses.times import Times, Weight, noise_weight, uniform_times
 from sde_score.metrics.two_sample import Estimate
+from sde_score.operators import check_linear
 
 _einsum = lambda spec, *arrays: jnp.einsum(spec, *arrays, precision=jax.lax.Precision.HIGHEST)  # noqa: E731
 
@@ -115,7 +116,9 @@ class GaussianMixture:
         """
         _checks.check_positive_number("noise", noise, zero=True)
         like = jnp.zeros(self.dim, self.means.dtype)
+        check_linear(operator, like)
         shape = jax.eval_shape(operator, like).shape
+        _checks.check_data("y", y, _checks.CONVERT)
         _checks.check_shape("y", jnp.shape(y), shape, "It is one datum, like operator(x).")
         a = jax.jacfwd(operator)(like).reshape(-1, self.dim)
         residual = jnp.reshape(y, (1, -1)) - _einsum("ij,kj->ki", a, self.means)
@@ -123,17 +126,23 @@ class GaussianMixture:
         identity = jnp.eye(len(a), dtype=like.dtype)
         s = _einsum("kil,jl->kij", cross, a) + (noise**2 * identity)[None]
         root = jnp.linalg.cholesky(s)
+        if _checks.is_concrete(root) and not np.all(np.isfinite(root)):
+            raise _checks.ArgumentError(
+                f"`noise` must be above 0 where A C Aᵀ is singular; got {_checks.describe(noise)}."
+            )
         solve = jax.vmap(lambda root, b: jax.scipy.linalg.cho_solve((root, True), b))
         gain = jnp.swapaxes(solve(root, cross), 1, 2)
         kept = jnp.eye(self.dim, dtype=like.dtype)[None] - _einsum("kij,jl->kil", gain, a)
-        covariances = _einsum("kij,kjl,kml->kim", kept, self.covariances, kept)
-        covariances += noise**2 * _einsum("kij,klj->kil", gain, gain)
-        values, vectors = jnp.linalg.eigh(covariances)
+        # Of a root R of the covariances R Rᵀ, to keep the small deviations' digits.
+        roots = self.spectrum.vectors * jnp.sqrt(self.spectrum.values)[:, None]
+        roots = jnp.concatenate([_einsum("kij,kjl->kil", kept, roots), noise * gain], axis=2)
+        vectors, deviations, _ = jnp.linalg.svd(roots, full_matrices=False)
         log_det = 2.0 * jnp.sum(jnp.log(jnp.diagonal(root, axis1=1, axis2=2)), axis=1)
         square = jnp.sum(residual * solve(root, residual), axis=1)
         weights = jax.nn.softmax(jnp.log(self.weights) - 0.5 * (square + log_det))
         means = self.means + _einsum("kij,kj->ki", gain, residual)
-        spectrum = Spectrum(jnp.maximum(values, 0.0), vectors)
+        covariances = _einsum("kij,klj->kil", roots, roots)
+        spectrum = Spectrum(deviations**2, vectors)
         return self.tree_unflatten(None, (weights, means, covariances, spectrum))
 
     def _whiten(self, x: Float[Array, " d"]) -> Float[Array, "k d"]:

@@ -4,7 +4,7 @@ observed.
 As log p_t(x | y) = log p_t(x) + log p_t(y | x) + const, guidance adds ∇ log p_t(y | x) (Song et
 al. 2021, arXiv 2011.13456, eq. 14), and is exact where that likelihood is. Inpainting and
 colourisation noise the observation to each time's level apart from the rest, and so are not: by
-how much, `benchmarks/bench_guidance.py` measures.
+how much inpainting is off, `benchmarks/bench_guidance.py` measures.
 """
 
 from collections.abc import Callable
@@ -44,6 +44,7 @@ def classifier_guidance(
     of noised data, such as `nets.Classifier` under `classifier_loss` (Dhariwal & Nichol 2021,
     arXiv 2105.05233, alg. 1).
     """
+    _check_scale(scale)
     return add_guidance(score_fn, bind(_log_class, logits_fn, label, scale))
 
 
@@ -88,41 +89,45 @@ def classifier_free(
     interval: tuple[Scalar, Scalar] | None = None,
 ) -> Partial:
     """(1 − w) s(x, t, null) + w s(x, t, context) with w = scale, in one evaluation of twice the
-    batch (Ho & Salimans 2022, arXiv 2207.12598, eq. 6, whose w is ours less 1).
+    batch (Ho & Salimans 2022, arXiv 2207.12598, eq. 6, whose w is ours less 1). The weights 0 and
+    1 are exact; a network's matrix products may round otherwise in a batch of two.
 
     `null` is the context that stood for none in training. Outside `interval`, (low, high) in
     time, w is 1 (Kynkäänniemi et al. 2024, arXiv 2404.07724; see `time_of_log_snr`).
     """
-    _checks.check_shape("scale", jnp.shape(scale), (), "Give one number: jax.vmap over several.")
+    _check_scale(scale)
     want, got = (jax.tree.map(jnp.shape, tree) for tree in (context, null))
     if want != got:
         raise _checks.ArgumentError(
             f"`null` must have the shapes of `context`, {want}; got {got}. It is what stood for "
             "none in training."
         )
-    low, high = (-jnp.inf, jnp.inf) if interval is None else interval
-    if _checks.is_concrete(low, high) and not low < high:
+    ends = (-jnp.inf, jnp.inf) if interval is None else interval
+    pair = isinstance(ends, tuple | list) and len(ends) == 2
+    if not pair or _checks.is_concrete(ends) and not ends[0] < ends[1]:
         raise _checks.ArgumentError(f"`interval` must be (low, high), two times; got {interval}.")
-    return bind(_classifier_free, score_fn, context, null, (scale, low, high))
+    return bind(_classifier_free, score_fn, context, null, (scale, *ends))
 
 
 def inpaint(
     step: Step, observed: Event, mask: Bool[Array, "*event"], *, num_resamples: int = 1
 ) -> Partial:
     """The `Step` that takes `step`, then sets x_s where `mask` is true to a draw of p(x_s | x_0 =
-    observed) (Song et al. 2021, app. I.2); at t0 to `observed` itself.
+    observed) (Song et al. 2021, app. I.2); at t0 to `observed` itself. What `sample` does in the
+    end by default, denoising, would undo that: pass it finish=keep_observed(step), or None where
+    the grid ends at t0.
 
     With more resamples it returns to t by the forward process and comes down again (RePaint;
-    Lugmayr et al. 2022, arXiv 2201.09865, alg. 1), at as many times the evaluations. As a denoised
-    observation is no longer exact, pass `sample` keep_observed(step) as `finish`, or None.
+    Lugmayr et al. 2022, arXiv 2201.09865, alg. 1), at as many times the evaluations.
     """
-    _checks.check_data("observed", observed)
+    _checks.check_data("observed", observed, _checks.CONVERT)
     check_mask(mask)
     _checks.check_shape("mask", jnp.shape(mask), jnp.shape(observed), "It is that of `observed`.")
-    keep = bind(_keep_pixels, jnp.asarray(observed), jnp.asarray(mask))
+    observed, mask = jnp.asarray(observed), jnp.asarray(mask)
+    keep = bind(_keep_pixels, observed, mask)
     # Of an empty mask nothing at all, as a compiler may round the same step otherwise beside more.
     empty = _checks.is_concrete(mask) and not np.any(mask)
-    return _keeping(step, None if empty else keep, num_resamples)
+    return _keeping(step, None if empty else keep, num_resamples, jnp.any(mask))
 
 
 def colourise(step: Step, grey: Float[Array, "*pixels"], *, num_resamples: int = 1) -> Partial:
@@ -132,8 +137,8 @@ def colourise(step: Step, grey: Float[Array, "*pixels"], *, num_resamples: int =
     In such a basis x_s moves by (alpha grey + sigma z/√3 − its mean) in each channel, whatever the
     other two axes.
     """
-    _checks.check_data("grey", grey)
-    return _keeping(step, bind(_keep_grey, jnp.asarray(grey)), num_resamples)
+    _checks.check_data("grey", grey, _checks.CONVERT)
+    return _keeping(step, bind(_keep_grey, jnp.asarray(grey)), num_resamples, jnp.array(True))
 
 
 def keep_observed(step: Partial, *, finish: Finish = denoise) -> Partial:
@@ -163,6 +168,13 @@ def _log_class(logits_fn: Callable, label: Scalar, scale: Scalar, x: Event, t: S
     return jnp.where(inside, scale, jnp.nan) * jax.nn.log_softmax(logits)[label]
 
 
+def _check_scale(scale: Any) -> None:
+    if scale is None or isinstance(scale, str) or jnp.shape(scale):
+        raise _checks.ArgumentError(
+            f"`scale` must be one number; got {_checks.describe(scale)}: jax.vmap over several."
+        )
+
+
 def _check_labels(name: str, labels: Any, num_classes: int) -> None:
     """Where they are concrete."""
     if _checks.is_concrete(labels) and not all(0 <= k < num_classes for k in np.ravel(labels)):
@@ -176,6 +188,8 @@ def _conditioned(score_fn: Callable, context: Any, x: Event, t: Scalar) -> Event
     try:
         return _checks.call(score_fn, x, t, context)
     except _checks.ArgumentError as error:
+        if not isinstance(error.__cause__, TypeError):  # of its signature
+            raise
         raise _checks.ArgumentError(
             f"`score_fn` must take a context, score_fn(x, t, context): {error}\n"
             "A score that takes none goes to the sampler as it is."
@@ -186,38 +200,49 @@ def _classifier_free(
     score_fn: Callable, context: Any, null: Any, numbers: tuple, x: Event, t: Scalar
 ) -> Event:
     scale, low, high = numbers
+    for alone in (null, context):  # of which a check knows the values: in a batch it does not
+        if _checks.is_concrete(alone):
+            jax.eval_shape(lambda x, c=alone: _conditioned(score_fn, c, x, t), x)
     pair = jax.tree.map(lambda *leaves: jnp.stack(leaves), null, context)
     scores = jax.vmap(lambda context: _conditioned(score_fn, context, x, t))(pair)
     weight = jnp.where((low <= t) & (t <= high), scale, 1.0).astype(scores.dtype)
     return (1.0 - weight) * scores[0] + weight * scores[1]
 
 
-def _keeping(step: Step, keep: Partial | None, num_resamples: int) -> Partial:
+def _keeping(step: Step, keep: Partial | None, num_resamples: int, some: Array) -> Partial:
     _checks.check_count("num_resamples", num_resamples)
-    return bind(_kept, step, keep, jnp.arange(num_resamples - 1))  # its shape is static
+    if not callable(step):
+        raise _checks.ArgumentError(
+            f"`step` must be a Step, such as ancestral; got {_checks.describe(step)}. Multistep "
+            "methods keep nothing."
+        )
+    return bind(_kept, step, keep, jnp.arange(num_resamples - 1), some)  # a static shape
 
 
-def _kept(step: Step, keep: Callable | None, resamples: Array, key: Key, *place: Any) -> Event:
+def _kept(
+    step: Step, keep: Callable | None, resamples: Array, some: Array, key: Key, *place: Any
+) -> Event:
     if keep is None:
         return step(key, *place)
     score_fn, sde, x_t, t, s = place
     a, v = transition(sde, t, s)
     last = s <= sde.t0 * (1.0 + 1e-6)  # a grid rounds its last time
-    alpha, sigma = jnp.where(last, 1.0, sde.alpha(s)), jnp.where(last, 0.0, sde.sigma(s))
     own_key = jax.random.fold_in(key, _OBSERVATION)
 
-    def down(key: Key, own_key: Key, x: Event) -> Event:
+    def down(key: Key, own_key: Key, x: Event, index: Array | int) -> Event:
         x = step(key, score_fn, sde, x, t, s)
         noise = jax.random.normal(own_key, x.shape, x.dtype)
+        exact = last & (index == resamples.size)  # the way up begins at the law of s
+        alpha, sigma = jnp.where(exact, 1.0, sde.alpha(s)), jnp.where(exact, 0.0, sde.sigma(s))
         return keep(x, noise, alpha, sigma).astype(x_t.dtype)
 
     def again(x: Event, index: Array) -> tuple[Event, None]:
         up_key, key, noise_key = jax.random.split(jax.random.fold_in(own_key, index), 3)
-        x = a * x + jnp.sqrt(v) * jax.random.normal(up_key, x.shape, x.dtype)
-        return down(key, noise_key, x), None
+        up = a * x + jnp.sqrt(v) * jax.random.normal(up_key, x.shape, x.dtype)
+        return jnp.where(some, down(key, noise_key, up, index + 1), x), None
 
     first_key = jax.random.fold_in(own_key, resamples.size)
-    return jax.lax.scan(again, down(key, first_key, x_t), resamples)[0]
+    return jax.lax.scan(again, down(key, first_key, x_t, 0), resamples)[0]
 
 
 def _finished(

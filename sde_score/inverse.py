@@ -28,11 +28,12 @@ def dps(
     """The score s − (scale/‖r‖) ∇_x ‖r‖² with r = y − A x̂_0, per sample (Chung et al. 2023, arXiv
     2209.14687, alg. 1), at one backward pass of the score more.
 
-    The published rule moves each x_s by −(ζ/‖r‖) ∇ ‖r‖², whatever the step; in a step that adds
-    c times the score that is scale = ζ/c.
+    The published rule moves each x_s by −(ζ/‖r‖) ∇ ‖r‖² whatever the step. A step that adds c
+    times the score moves it c·scale/ζ as far: as c falls along the grid, by a factor of thousands,
+    no one `scale` is that rule.
     """
     _checks.check_positive_number("scale", scale, zero=True)
-    y = _check_data(operator, y)
+    y = _check_data(sde, operator, y)
     return bind(_moved, score_fn, sde, operator, y, bind(_minus_distance, scale))
 
 
@@ -54,7 +55,7 @@ def pgdm(
     """
     _checks.check_positive_number("noise", noise, zero=True)
     _checks.check_positive_number("sigma_data", sigma_data)
-    y = _check_data(operator, y)
+    y = _check_data(sde, operator, y)
     log_prob = bind(_log_gaussian, sde, operator, noise, sigma_data)
     return bind(_moved, score_fn, sde, operator, y, log_prob)
 
@@ -94,9 +95,11 @@ def twisted_smc(
     prior_key, noise_key = split_key(key)
     _checks.check_count("num_particles", num_particles)
     _checks.check_positive_number("noise", noise)
-    y = _check_data(operator, y)
-    grid = jnp.asarray(uniform_grid(sde, 100) if ts is None else ts)
+    _checks.check_positive_number("sigma_data", sigma_data)
+    y = _check_data(sde, operator, y)
+    grid = uniform_grid(sde, 100) if ts is None else ts
     _checks.check_grid(grid, sde)
+    _checks.check_end("ts[0]", grid[0], "t1", sde.t1, "The particles start at the prior.")
 
     def twist(x: Array, t: Scalar, sigma_data: Scalar) -> Twist:
         log_prob = bind(_log_gaussian, sde, operator, noise, sigma_data)
@@ -122,7 +125,7 @@ def twisted_smc(
 
     keys = jax.random.split(prior_key, num_particles)
     x = jax.vmap(lambda key: sample_prior(key, sde, operator.like.shape))(keys)
-    grid = grid.astype(x.dtype)
+    grid = jnp.asarray(grid, x.dtype)
     start = twist(x, grid[0], sigma_data)
     total = jax.nn.logsumexp(start.value)
     carry = x, start.value - total, start, total - jnp.log(num_particles)
@@ -187,14 +190,15 @@ def _moved(*args: Any) -> Event:
     return (twist.score + twist.slope).astype(twist.score.dtype)
 
 
-def _check_data(operator: LinearOperator, y: Any) -> Array:
+def _check_data(sde: SDE, operator: LinearOperator, y: Any) -> Array:
     """`y` as an array, a datum of the operator's."""
+    _checks.check_sde(sde)
     if not isinstance(operator, LinearOperator):
         raise _checks.ArgumentError(
             f"`operator` must be a LinearOperator; got {_checks.describe(operator)}. Make one of "
             "any linear function with linear_operator(fn, shape)."
         )
-    _checks.check_data("y", y)
+    _checks.check_data("y", y, _checks.CONVERT)
     fix = "It is one datum, like operator(x): jax.vmap over a batch."
     _checks.check_shape("y", jnp.shape(y), operator.data_shape, fix)
     return jnp.asarray(y)

@@ -39,15 +39,16 @@ class LinearOperator:
 
     def __call__(self, x: Event) -> Data:
         """A x."""
-        fix = "The operator takes one example: jax.vmap over a batch."
-        _checks.check_shape("x", jnp.shape(x), self.like.shape, fix)
-        return self.fn(x)
+        x, fix = jnp.asarray(x), "The operator takes one example: jax.vmap over a batch."
+        _checks.check_shape("x", x.shape, self.like.shape, fix)
+        return self.fn(x.astype(jnp.result_type(x, float)))
 
     def adjoint(self, y: Data) -> Event:
         """Aᵀ y."""
         fix = "It is one datum, A x: jax.vmap over a batch."
         _checks.check_shape("y", jnp.shape(y), self.data_shape, fix)
-        like = jax.ShapeDtypeStruct(self.like.shape, jnp.result_type(y))
+        like = jax.ShapeDtypeStruct(self.like.shape, jnp.result_type(y, float))
+        y = jnp.asarray(y, jax.eval_shape(self.fn, like).dtype)
         return jax.linear_transpose(self.fn, like)(y)[0]
 
     def log_prob(self, residual: Data, signal: Scalar, noise: Scalar) -> Scalar:
@@ -68,7 +69,8 @@ class LinearOperator:
 def linear_operator(fn: Callable, shape: tuple[int, ...]) -> LinearOperator:
     """Any linear function of an example of that shape, without its singular values."""
     _checks.check_event_shape(shape)
-    return LinearOperator(travelling(fn), jnp.zeros(shape))
+    check_linear(fn, like := jnp.zeros(shape))
+    return LinearOperator(travelling(fn), like)
 
 
 def with_singular_values(operator: LinearOperator) -> LinearOperator:
@@ -76,7 +78,7 @@ def with_singular_values(operator: LinearOperator) -> LinearOperator:
     rows = jnp.eye(int(np.prod(operator.data_shape)), dtype=operator.like.dtype)
     gram = jax.vmap(lambda y: operator(operator.adjoint(y.reshape(operator.data_shape))))(rows)
     values, vectors = jnp.linalg.eigh(gram.reshape(rows.shape))
-    singular_values = jnp.sqrt(jnp.maximum(values, 0.0))
+    singular_values = jnp.sqrt(_rounded(values))
     return dataclasses.replace(
         operator, rotate=bind(_rotate, vectors), singular_values=singular_values
     )
@@ -129,7 +131,7 @@ def blur_operator(shape: tuple[int, ...], kernel: Float[Array, "*k"]) -> LinearO
     A Aᵀ is diagonal under the discrete Hartley transform, which is real and orthogonal.
     """
     _checks.check_event_shape(shape)
-    _checks.check_data("kernel", kernel)
+    _checks.check_data("kernel", kernel, _checks.CONVERT)
     kernel = jnp.asarray(kernel)
     kernel = kernel.reshape(*kernel.shape, *[1] * (len(shape) - kernel.ndim))
     if kernel.ndim > len(shape) or any(k > n for k, n in zip(kernel.shape, shape, strict=True)):
@@ -140,14 +142,34 @@ def blur_operator(shape: tuple[int, ...], kernel: Float[Array, "*k"]) -> LinearO
     centred = jnp.roll(padded, [-(k // 2) for k in kernel.shape], range(len(shape)))
     transfer = jnp.fft.fftn(centred)
     fn = bind(_convolve, transfer)
-    return LinearOperator(fn, jnp.zeros(shape), bind(_hartley), jnp.abs(transfer))
+    return LinearOperator(fn, jnp.zeros(shape), bind(_hartley), _rounded(jnp.abs(transfer)))
+
+
+def check_linear(fn: Any, like: Event) -> None:
+    """fn(0) = 0 and fn(2 x) = 2 fn(x) at some x, where fn's values are known."""
+    x = jnp.cos(jnp.arange(like.size, dtype=like.dtype)).reshape(like.shape)
+    try:
+        zero, once, doubled = (fn(scale * x) for scale in (0.0, 1.0, 2.0))
+    except Exception as error:  # whatever it fails by
+        raise _checks.ArgumentError(
+            f"`operator` must be a function of one example, of shape {like.shape}; it failed: "
+            f"{type(error).__name__}: {error}. Of a matrix pass lambda x: matrix @ x."
+        ) from error
+    if _checks.is_concrete(zero, once, doubled) and not (
+        np.all(np.asarray(zero) == 0) and np.allclose(doubled, 2.0 * np.asarray(once), rtol=1e-3)
+    ):
+        raise _checks.ArgumentError(
+            "`operator` must be linear, and so take 0 to 0 and 2 x to twice the image of x. Take "
+            "off y what is constant."
+        )
 
 
 def check_mask(mask: Any) -> None:
     """`mask` is Boolean."""
-    if not jnp.issubdtype(jnp.result_type(mask), jnp.bool_):
+    dtype = mask.dtype if hasattr(mask, "dtype") else np.asarray(mask).dtype
+    if not jnp.issubdtype(dtype, jnp.bool_):
         raise _checks.ArgumentError(
-            f"`mask` must be Boolean; got {jnp.result_type(mask)}. It is true where x is "
+            f"`mask` must be Boolean; got {dtype}. It is true where x is "
             "observed: compare with mask > 0."
         )
 
@@ -156,6 +178,12 @@ def _orthogonal(fn: Callable, shape: tuple[int, ...], singular_value: float) -> 
     """Of an fn with A Aᵀ = singular_value² I."""
     like = jnp.zeros(shape)
     return LinearOperator(fn, like, bind(_same), jnp.asarray(singular_value, like.dtype))
+
+
+def _rounded(values: Array) -> Array:
+    """With 0 for what is 0 but for rounding: `log_prob` tells such directions apart."""
+    least = values.size * jnp.finfo(values.dtype).eps * jnp.max(values)
+    return jnp.where(values > least, values, 0.0)
 
 
 def _same(y: Data) -> Data:

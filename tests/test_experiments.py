@@ -357,6 +357,8 @@ def test_super_resolution_by_the_experiment_is_of_the_posterior():
     np.testing.assert_allclose(jnp.mean(inside**2), 0.75 * c**2, rtol=0.05)
     _, draws = controllable._solve(jax.random.key(2), score_fn, problems["inpainting"], x0)
     assert np.array_equal(draws[:, :, :4], jnp.broadcast_to(x0[:, None, :4], (20, 50, 4, 8, 1)))
+    psnr = controllable._psnr(0.2 * jnp.ones((2, 2, 1)), jnp.zeros((2, 2, 1)))
+    np.testing.assert_allclose(psnr, 20.0, rtol=1e-6)  # an error of a tenth of the range, in dB
     assert np.all(draws[:, :, 4:] != x0[:, None, 4:])
 
 

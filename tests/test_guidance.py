@@ -84,11 +84,31 @@ def test_classifier_free_guidance(context):
     np.testing.assert_allclose(guided(3.0), want, rtol=1e-5)  # float32
     np.testing.assert_allclose(guided(3.0, interval=(0.2, 0.6)), want, rtol=1e-5)
     assert np.array_equal(guided(3.0, interval=(0.6, 0.9)), conditional)
+    assert np.array_equal(guided(3.0, interval=(0.1, 0.4)), conditional)
+
+
+def conditional_score(**options):
+    net = ss.nets.Conditional(ss.nets.MLP(8, 1), **options)
+    params = net.init(jax.random.key(0), X, 0.5, 0)
+    params = jax.tree.map(lambda p: p + 0.1, params)
+    return ss.score_from_noise(ss.VP(), Partial(net.apply, params))
+
+
+def test_classifier_free_guidance_of_a_network():
+    """As above up to rounding, as two examples may be summed in another order than one."""
+    score = conditional_score(num_classes=3)
+    for w, label in ((0.0, 3), (1.0, 2)):
+        guided = ss.classifier_free(score, 2, 3, w)(X, 0.5)
+        np.testing.assert_allclose(guided, ss.condition(score, label)(X, 0.5), rtol=2e-6)
 
 
 def test_a_label_known_too_late_to_be_refused_gives_nan():
     guided = lambda label: ss.classifier_guidance(smooth, lambda x, t: x, label)(X, 0.5)
     assert np.isnan(jax.jit(guided)(2)).all() and np.isfinite(jax.jit(guided)(1)).all()
+    score = conditional_score(num_classes=3)
+    guided = jax.jit(jax.vmap(lambda label: ss.condition(score, label)(X, 0.5)))
+    finite = np.isfinite(guided(jnp.arange(-1, 5))).all(axis=1)
+    assert finite.tolist() == [False, True, True, True, True, False]
 
 
 def flops(fn, *args):
@@ -159,11 +179,23 @@ def test_a_classifier_learns_the_classes_of_noised_data():
     assert best - 0.005 < learned < best + 0.03 < chance - 0.2
 
 
+def test_importance_sampled_times_leave_the_classifier_s_loss():
+    """Of a fixed classifier, within 5 standard errors over 20 keys."""
+    x0, labels = jax.random.normal(jax.random.key(0), (500, 2)), jnp.arange(500) % 2
+    logits, sde = lambda x, t: jnp.stack([3.0 * x[0], t]), ss.VP(t0=1e-2)
+    losses = []
+    for seed, times in enumerate((ss.uniform_times, ss.likelihood_times)):
+        loss = lambda key, times=times: ss.classifier_loss(
+            key, logits, sde, x0, labels, times=times
+        )
+        losses.append(jax.jit(jax.vmap(loss))(jax.random.split(jax.random.key(seed), 20)))
+    uniform, weighted = map(np.asarray, losses)
+    stderr = np.hypot(uniform.std(ddof=1), weighted.std(ddof=1)) / np.sqrt(20)
+    assert abs(uniform.mean() - weighted.mean()) < 5 * stderr < 0.2 * uniform.mean()
+
+
 def test_conditional_networks_say_how_to_call_them():
-    net, plain = ss.nets.Conditional(ss.nets.MLP(8, 1), num_classes=3), ss.nets.MLP(8, 1)
-    params = net.init(jax.random.key(0), X, 0.5, 0)
-    params = jax.tree.map(lambda p: p + 0.1, params)
-    score = ss.score_from_noise(ss.VP(), Partial(net.apply, params))
+    score, plain = conditional_score(num_classes=3), ss.nets.MLP(8, 1)
     values = [ss.condition(score, k)(X, 0.5) for k in range(4)]
     assert len({tuple(map(float, value)) for value in values}) == 4
     unconditional = ss.score_from_noise(
@@ -175,8 +207,11 @@ def test_conditional_networks_say_how_to_call_them():
         (lambda: draw(ss.condition(score, 4)), "`context` must be a label, 0 to 2, or 3 for none"),
         (lambda: draw(ss.condition(score, 0.5)), "`context` must be a label.*got 0.5"),
         (lambda: draw(ss.condition(score, jnp.ones(2))), r"`context` must have shape \(\); got"),
-        (lambda: draw(ss.condition(unconditional, 1)), "must take a context.*as it is"),
-        (lambda: draw(ss.classifier_free(unconditional, 1, 3, 2.0)), "must take a context"),
+        (lambda: draw(ss.classifier_free(score, 7, 3, 2.0)), "`context` must be a label.*got 7"),
+        (lambda: draw(ss.classifier_free(score, 1, -1, 2.0)), "`context` must be a label.*got -1"),
+        (lambda: draw(ss.condition(unconditional, 1)), "takes no other context.*nets.Conditional"),
+        (lambda: draw(ss.classifier_free(unconditional, 1, 3, 2.0)), "takes no other context"),
+        (lambda: draw(ss.condition(lambda x, t: -x, 1)), "must take a context.*as it is"),
         (lambda: draw(lambda x, t, context: -x), "missing 1.*'context'.*sde_score.condition"),
     ):
         with pytest.raises(ArgumentError, match=f"(?s){words}"):
@@ -210,7 +245,9 @@ def test_what_is_known_is_kept_and_nothing_else(step):
         assert mask.all() or not np.any(x[~mask] == observed[~mask])
     if step is not ss.ddim:
         return
-    later = jax.jit(lambda mask: draw(key, score, sde, ss.inpaint(step, observed, mask)))
+    later = jax.jit(
+        lambda mask: draw(key, score, sde, ss.inpaint(step, observed, mask, num_resamples=3))
+    )
     np.testing.assert_allclose(later(np.zeros((2, 3), bool)), plain, rtol=1e-5)
 
 
@@ -227,6 +264,26 @@ def test_the_kept_part_has_the_law_of_its_time(name, resamples):
     z = (x[:, 0] - sde.alpha(0.3) * 0.8) / sde.sigma(0.3)
     within(z, 0.0)
     within(z**2, 1.0)
+
+
+@pytest.mark.parametrize("s", [0.3, 1e-3])
+def test_resampling_returns_by_the_forward_process(s):
+    """With steps that only copy the kept entry: from N(alpha_s observed, sigma_s²) up again to t's
+    law, also in the last step; and of what is not kept to N(a x, v), over 10,000 draws.
+    """
+    sde, observed, mask, t = ss.VP(t0=1e-3), jnp.array([0.8, 0.0, 0.0]), np.arange(3) < 1, 0.5
+    copy = lambda key, score_fn, sde, x, t, s: x.at[1].set(x[0])
+    step = ss.inpaint(copy, observed, mask, num_resamples=2)
+    keys = jax.random.split(jax.random.key(7), 10_000)
+    place = Partial(smooth), sde, jnp.array([0.3, -0.4, 0.6]), jnp.array(t), jnp.array(s)
+    x = jax.jit(jax.vmap(step, (0, *[None] * 5)))(keys, *place)
+    a = sde.alpha(t) / sde.alpha(s)
+    v = sde.sigma(t) ** 2 - (a * sde.sigma(s)) ** 2
+    copied = (x[:, 1] - sde.alpha(t) * 0.8) / sde.sigma(t)
+    free = (x[:, 2] - a * 0.6) / jnp.sqrt(v)
+    for z in (copied, free):
+        within(z, 0.0)
+        within(z**2, 1.0)
 
 
 def test_colourising_is_inpainting_in_the_published_basis(x64):
@@ -345,6 +402,17 @@ BAD = {
         lambda: ss.inpaint(ss.ddim, X, MASK * 1.0),
         "`mask` must be Boolean; got f",
     ),
+    "mask as a list": (lambda: ss.inpaint(ss.ddim, X, [1, 0]), "`mask` must be Boolean; got int"),
+    "multistep": (lambda: ss.inpaint(ss.adams(), X, MASK), "`step` must be a Step, such as"),
+    "integers": (
+        lambda: ss.inpaint(ss.ddim, jnp.arange(2), MASK),
+        "`observed` must be floating point; got int32. Convert it",
+    ),
+    "three ends": (
+        lambda: ss.classifier_free(smooth, 1, 0, 2.0, interval=(0.1, 0.2, 0.3)),
+        r"`interval` must be \(low, high\)",
+    ),
+    "no scale": (lambda: ss.classifier_free(smooth, 1, 0, None), "`scale` must be one number"),
     "mask's shape": (
         lambda: ss.inpaint(ss.ddim, X, np.array([True])),
         r"`mask` must have shape \(2,\); got \(1,\)",

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import mixture
 from jax.tree_util import Partial
 from scipy.stats import multivariate_normal, norm
 from test_sampling import OTHERS, SAMPLERS, component_moments, expected_moments, oracle
@@ -15,6 +16,7 @@ from test_sde import within
 
 import sde_score as ss
 from sde_score._checks import ArgumentError
+from sde_score.inverse import _resample
 
 KERNEL = np.array([[0.1, 0.2, 0.0], [0.3, 0.25, 0.15]])
 MASK = np.array([[True, False, False], [False, True, True]])
@@ -181,6 +183,7 @@ def particle_errors(num_particles, repeats=32):
     effective = np.asarray(particles.effective)
     assert effective.shape == (repeats, 80) and effective.min() >= 1
     assert effective.max() <= 1.001 * num_particles
+    np.testing.assert_allclose(effective[:, -1] * (particles.weights**2).sum(1), 1.0, rtol=1e-4)
     posterior = gmm.posterior(operator, y, 0.5)
     features = jax.vmap(jax.vmap(lambda x: jnp.concatenate([x, gmm.responsibilities(x)])))
     got = jnp.einsum("rn,rnf->rf", particles.weights, features(particles.x))
@@ -202,6 +205,69 @@ def test_particles_converge_to_the_posterior():
     assert 2.0 < ratio < 8.0
     assert np.all(np.abs(many.mean(0)) < 0.05 + 5 * many.std(0) / np.sqrt(len(many)))
     assert abs(evidence.mean() - 1) < 0.03 + 5 * evidence.std() / np.sqrt(len(evidence))
+
+
+def test_particles_are_resampled_where_few_are_worth_anything():
+    """Weights of 0.9 and 1/30 thrice make three or four copies, of equal weight; nearly equal ones
+    stay as they are.
+    """
+    log_weights = jnp.log(jnp.array([1 / 30, 0.9, 1 / 30, 1 / 30]))
+    for seed in range(5):
+        chosen, after = _resample(jax.random.key(seed), jnp.arange(4), log_weights)
+        assert np.sum(np.asarray(chosen) == 1) in (3, 4)
+        np.testing.assert_allclose(after, -np.log(4.0), rtol=1e-6)
+    even = jnp.log(jnp.array([0.2, 0.3, 0.2, 0.3]))
+    chosen, after = _resample(jax.random.key(5), jnp.arange(4), even)
+    assert np.array_equal(chosen, np.arange(4)) and np.array_equal(after, even)
+
+
+@pytest.mark.parametrize("sde", [ss.SubVP(), ss.VE(sigma_max=5.0)])
+def test_unguided_particles_are_exact_on_an_isotropic_gaussian(sde):
+    """In 4 steps: the variance of x̂_0 is c² (1 − r²/c²) by the last step's r², at 20,000
+    particles, all of nearly the same weight.
+    """
+    c, line = 1.5, ss.with_singular_values(LINE)
+    score = lambda x, t: -x / (c**2 * sde.alpha(t) ** 2 + sde.sigma(t) ** 2)
+    options = {"noise": 1e3, "num_particles": 20_000, "sigma_data": c}
+    ts = ss.log_snr_grid(sde, 4)
+    run = jax.jit(
+        lambda key: ss.twisted_smc(key, score, sde, line, jnp.zeros(1), **options, ts=ts)
+    )
+    particles = run(jax.random.key(0))
+    assert particles.effective.min() > 19_000
+    a, sigma = sde.alpha(ts[-1]), sde.sigma(ts[-1])
+    within(particles.x**2, jnp.full(2, c**4 * a**2 / (c**2 * a**2 + sigma**2)))
+
+
+def test_pgdm_of_a_blur_whose_zeros_are_rounded():
+    """In float32, where it would divide by their rounding errors: exact on a Gaussian."""
+    operator, x = ss.blur_operator((15,), np.ones(5, np.float32) / 5), jnp.cos(jnp.arange(15.0))
+    dense = ss.with_singular_values(ss.linear_operator(operator, (15,)))
+    gmm = ss.GaussianMixture(np.ones(1), np.zeros((1, 15)), np.eye(15)[None])
+    score, y = ss.exact_score(gmm, VP), operator(jnp.sin(jnp.arange(15.0)))
+    blurred, wanted = (ss.pgdm(score, VP, o, y, noise=0.0)(x, 0.05) for o in (operator, dense))
+    np.testing.assert_allclose(blurred, wanted, atol=2e-3 * float(jnp.max(jnp.abs(wanted))))
+
+
+def test_a_sharp_posterior_keeps_its_digits():
+    """Seen with noise of 1e-3, in float32: the deviation along the observed direction to 1 %."""
+    gmm = ss.GaussianMixture(*mixture(np.float32))
+    direction = jnp.array([0.6, 0.8])
+    posterior = gmm.posterior(lambda x: x[:1] * 0.6 + x[1:] * 0.8, jnp.array([0.7]), 1e-3)
+    whitened = jax.vmap(jnp.matmul)(
+        jnp.swapaxes(posterior.spectrum.vectors, 1, 2), jnp.tile(direction, (3, 1))
+    )
+    variance = 1.0 / jnp.sum(whitened**2 / posterior.spectrum.values, axis=1)
+    np.testing.assert_allclose(jnp.sqrt(variance), 1e-3, rtol=1e-2)
+
+
+def test_operators_take_what_converts_to_an_array():
+    blur = ss.blur_operator((4,), np.array([0.5, 0.5]))
+    want = blur(jnp.arange(4.0))
+    np.testing.assert_array_equal(blur([0, 1, 2, 3]), want)
+    np.testing.assert_array_equal(blur(jnp.arange(4)), want)
+    np.testing.assert_allclose(blur.adjoint(np.arange(4)), blur.adjoint(jnp.arange(4.0)))
+    assert ss.mask_operator([True, False]).data_shape == (1,)
 
 
 LINE = ss.linear_operator(lambda x: x[:1], (2,))
@@ -238,6 +304,42 @@ BAD = {
     "no singular values": (
         lambda: ss.pgdm(SCORE, VP, LINE, jnp.ones(1), noise=0.1)(jnp.ones(2), 0.5),
         r"has no singular values.*with_singular_values\(operator\)",
+    ),
+    "grid": (
+        lambda: ss.twisted_smc(
+            *(jax.random.key(0), SCORE, VP, LINE, jnp.ones(1)),
+            **{"noise": 0.1, "num_particles": 2, "ts": jnp.linspace(0.5, VP.t0, 5)},
+        ),
+        r"`ts\[0\]` must be t1 = 1.0; got 0.5. The particles start at the prior",
+    ),
+    "sigma_data": (
+        lambda: ss.twisted_smc(
+            *(jax.random.key(0), SCORE, VP, LINE, jnp.ones(1)),
+            **{"noise": 0.1, "num_particles": 2, "sigma_data": -1.0},
+        ),
+        "`sigma_data` must be finite and above 0",
+    ),
+    "class of an SDE": (
+        lambda: ss.dps(SCORE, ss.VP, LINE, jnp.ones(1), scale=1.0),
+        "`sde` must be an SDE.*Pass an instance",
+    ),
+    "affine": (lambda: ss.linear_operator(lambda x: x + 1.0, (2,)), "`operator` must be linear"),
+    "square": (lambda: ss.linear_operator(lambda x: x**2, (2,)), "`operator` must be linear"),
+    "matrix": (
+        lambda: ss.linear_operator(np.eye(2), (2,)),
+        "`operator` must be a function of one example.*lambda x: matrix @ x",
+    ),
+    "affine posterior": (
+        lambda: oracle().posterior(lambda x: x[:1] + 5.0, jnp.ones(1), 0.1),
+        "`operator` must be linear",
+    ),
+    "nan posterior": (
+        lambda: oracle().posterior(lambda x: x[:1], jnp.array([jnp.nan]), 0.1),
+        "`y` must be finite",
+    ),
+    "singular posterior": (
+        lambda: oracle().posterior(lambda x: jnp.stack([x[0], x[0]]), jnp.ones(2), 0.0),
+        "`noise` must be above 0 where A C Aᵀ is singular; got 0.0",
     ),
     "mask of numbers": (lambda: ss.mask_operator(MASK * 1), "`mask` must be Boolean; got int"),
     "empty mask": (lambda: ss.mask_operator(MASK & False), "`mask` must be true somewhere"),

@@ -16,13 +16,19 @@ from sde_score._checks import ArgumentError
 SCRIPT = Path(__file__).with_name("sharded_run.py")
 
 
-def start(folder, layout, *rest, devices=1):
+def start(folder, layout, *, devices=1, **options):
     flags = f"--xla_force_host_platform_device_count={devices}"
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     environment["PYTHONPATH"] = str(SCRIPT.parents[1])
-    command = [sys.executable, str(SCRIPT), str(folder), layout, *map(str, rest)]
+    command = [sys.executable, str(SCRIPT), str(folder), layout]
+    command += [f"--{name}={value}" for name, value in options.items()]
     output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(command, env=environment, **output)  # noqa: S603
+
+
+def start_two(folder, **options):
+    port = free_port()
+    return [start(folder, "data", process=i, port=port, **options) for i in range(2)]
 
 
 def finish(*processes):
@@ -43,42 +49,45 @@ def free_port():
 
 @pytest.fixture(scope="module")
 def one_device(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("one")
-    finish(start(folder, "one"))
-    return result(folder)["params"]
+    """The parameters by one device, from data in memory and streamed."""
+    folders = {feed: tmp_path_factory.mktemp(feed) for feed in ("memory", "stream")}
+    for feed, folder in folders.items():
+        finish(start(folder, "one", feed=feed))
+    return {feed: result(folder)["params"] for feed, folder in folders.items()}
 
 
 def deviation(params, reference):
     return np.linalg.norm(params - reference) / np.linalg.norm(reference)
 
 
-@pytest.mark.parametrize("layout", ["data", "params"])
-def test_eight_devices_agree_with_one(layout, one_device, tmp_path):
-    finish(start(tmp_path, layout, devices=8))
-    found = result(tmp_path)
-    relative = deviation(found["params"], one_device)
+@pytest.mark.parametrize(("layout", "feed"), [("data", "memory"), ("params", "stream")])
+def test_eight_devices_agree_with_one(layout, feed, one_device, tmp_path):
+    """And so do 8 that go on as 2, from a checkpoint."""
+    finish(start(tmp_path, layout, devices=8, feed=feed, steps=50 if layout == "data" else 30))
+    assert any("devices" in spec for spec in result(tmp_path)["shards"]) == (layout == "params")
+    if layout == "params":
+        finish(start(tmp_path, layout, devices=2, feed=feed))
+    relative = deviation(result(tmp_path)["params"], one_device[feed])
     print(f"{layout} on 8 devices, 50 steps: {relative:.1e} relative")
     assert relative < 1e-6
-    assert any("devices" in spec for spec in found["shards"]) == (layout == "params")
 
 
 @pytest.mark.slow
-def test_two_processes_agree_with_one(one_device, tmp_path):
-    port = free_port()
-    finish(*(start(tmp_path, "data", process, port) for process in range(2)))
-    relative = deviation(result(tmp_path)["params"], one_device)
-    print(f"2 processes, 50 steps: {relative:.1e} relative")
+@pytest.mark.parametrize("feed", ["memory", "stream"])
+def test_two_processes_agree_with_one(feed, one_device, tmp_path):
+    finish(*start_two(tmp_path, feed=feed, steps=30))
+    finish(*start_two(tmp_path, feed=feed))
+    relative = deviation(result(tmp_path)["params"], one_device[feed])
+    print(f"2 processes, {feed}, 50 steps: {relative:.1e} relative")
     assert relative < 1e-6
 
 
 @pytest.mark.slow
-def test_a_killed_process_ends_the_other_and_the_restart_is_exact(one_device, tmp_path):
+def test_a_killed_process_ends_the_other_and_the_restart_is_exact(tmp_path):
     """Within the heartbeat, 10 s, and 5 s more, with a message; the same command then goes on."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    port = free_port()
-    finish(*(start(whole, "data", process, port, 3_000) for process in range(2)))
-    port = free_port()
-    first, second = (start(broken, "data", process, port, 3_000) for process in range(2))
+    finish(*start_two(whole, steps=3_000))
+    first, second = start_two(broken, steps=3_000)
     rows = broken / "metrics.jsonl"
     while not (rows.exists() and rows.read_text().count("\n") > 20):
         assert first.poll() is None, first.communicate()[0][-2000:]
@@ -90,8 +99,7 @@ def test_a_killed_process_ends_the_other_and_the_restart_is_exact(one_device, tm
     print(f"the other process ended after {seconds:.1f} s with status {first.returncode}")
     assert seconds < 15 and first.returncode != 0
     assert any(word in output for word in ("heartbeat", "unavailable", "Connection", "peer"))
-    port = free_port()
-    finish(*(start(broken, "data", process, port, 3_000) for process in range(2)))
+    finish(*start_two(broken, steps=3_000))
     np.testing.assert_array_equal(result(broken)["params"], result(whole)["params"])
 
 

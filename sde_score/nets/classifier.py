@@ -61,7 +61,9 @@ class Conditional(nn.Module):
                     f"`context` must be a label, 0 to {self.num_classes - 1}, or "
                     f"{self.num_classes} for none; got {context}."
                 )
-            context = jax.nn.one_hot(context, self.num_classes + 1)
+            label = jnp.asarray(context)
+            known = (label >= 0) & (label <= self.num_classes)  # nan, where it is found too late
+            context = jnp.where(known, jax.nn.one_hot(label, self.num_classes + 1), jnp.nan)
         _checks.check_shape(
             "context", jnp.shape(context), (jnp.size(context),), f"A vector: {fix}"
         )

@@ -1,5 +1,7 @@
 """A residual multilayer perceptron conditioned on time, for vectors and small images."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -41,8 +43,7 @@ class MLP(nn.Module):
         _checks.check_floating("x", x)
         x = jnp.asarray(x)
         _checks.check_shape("t", jnp.shape(t), (), "One example has one time: jax.vmap over both.")
-        if dropout_key is not None:
-            _checks.check_key(dropout_key, "dropout_key")
+        check_dropout_key(dropout_key)
         dense = lambda features, **kwargs: nn.Dense(features, dtype=self.dtype, **kwargs)  # noqa: E731
         features = fourier_embedding(t, geometric_frequencies(16, 0.05, 10.0)).astype(x.dtype)
         embedding = nn.swish(dense(self.width, name="embed")(features))
@@ -57,6 +58,15 @@ class MLP(nn.Module):
             h = h + dense(self.width, name=f"out_{i}")(hidden)
         out = dense(x.size, kernel_init=nn.initializers.zeros, name="output")(h)
         return out.reshape(x.shape).astype(x.dtype)
+
+
+def check_dropout_key(key: Any) -> None:
+    """`key`, where it is given, is one: a network of (x, t) may have been given a context."""
+    if key is not None and not jnp.issubdtype(jnp.result_type(key), jax.dtypes.prng_key):
+        raise _checks.ArgumentError(
+            f"`dropout_key` must be a typed key; got {_checks.describe(key)}. This network takes "
+            "no other context: for labels or vectors wrap it in nets.Conditional."
+        )
 
 
 def _dropout(key: Key, x: Array, rate: float) -> Array:

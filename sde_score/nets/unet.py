@@ -19,6 +19,7 @@ from sde_score import _checks
 from sde_score._typing import Key, Scalar
 from sde_score.nets.blocks import AttentionBlock, Layers, Resample, ResidualBlock
 from sde_score.nets.embedding import fourier_embedding
+from sde_score.nets.mlp import check_dropout_key
 from sde_score.nets.resample import Image, downsample, upsample
 
 
@@ -231,9 +232,11 @@ class UNet(nn.Module):
             features = self._positional(time)
         hidden = layers.dense(4 * self.width, "embed_0")(features)
         embedding = layers.dense(4 * self.width, "embed_1")(layers.activation(hidden))
-        if self.num_classes is None:
+        if self.num_classes is None or label is None:
             return embedding
-        return embedding + nn.Embed(self.num_classes, 4 * self.width, name="label")(label)
+        embedded = nn.Embed(self.num_classes, 4 * self.width, name="label")(label)
+        inside = (label >= 0) & (label < self.num_classes)  # nan, where it is not known to be
+        return embedding + jnp.where(inside, embedded, jnp.nan)
 
     def _positional(self, time: Scalar) -> Float[Array, " width"]:
         """[sin, cos] of time · 10000^(−i/(n − shift)), n = width/2 (Vaswani et al. 2017)."""
@@ -271,8 +274,7 @@ class UNet(nn.Module):
             )
         fix = "One example has one time: jax.vmap over both."
         _checks.check_shape("time_input", jnp.shape(time_input), (), fix)
-        if context.dropout_key is not None:
-            _checks.check_key(context.dropout_key, "dropout_key")
+        check_dropout_key(context.dropout_key)
         _check_label(context.label, self.num_classes)
 
 

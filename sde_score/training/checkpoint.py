@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.tree_util import keystr, tree_flatten_with_path
@@ -85,7 +86,11 @@ class Checkpoints:
             _meet()
         if manifest is None:
             return None
-        return self._orbax.restore(manifest.with_suffix(""), _abstract(like))
+        restored = self._orbax.restore(manifest.with_suffix(""), _abstract(like))
+        # Orbax binds every array to its device: those that were free to go along must stay free.
+        return jax.tree.map(
+            lambda new, old: new if old.committed else jnp.asarray(np.asarray(new)), restored, like
+        )
 
     def _newest(self, like: TrainState, first: bool) -> Path | None:
         """The manifest of the newest whole checkpoint."""
@@ -176,7 +181,7 @@ def _tree(state: Any) -> dict[str, str]:
 
 def _abstract(like: Any) -> Any:
     describe = lambda leaf: jax.ShapeDtypeStruct(  # noqa: E731
-        leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None)
+        leaf.shape, leaf.dtype, sharding=leaf.sharding
     )
     return jax.tree.map(describe, like)
 

@@ -21,9 +21,11 @@ from sde_score._typing import travelling
 _AXIS = "devices"
 
 
-def make_mesh(num_devices: int | None = None) -> Mesh:
-    """The first `num_devices` devices, or all of all processes, in a row."""
-    devices = jax.devices()
+def make_mesh(num_devices: int | None = None, *, local: bool = False) -> Mesh:
+    """The first `num_devices` devices in a row, or all: of all processes or, with `local`, of this
+    one.
+    """
+    devices = jax.local_devices() if local else jax.devices()
     num = len(devices) if num_devices is None else num_devices
     _checks.check_count("num_devices", num)
     if num > len(devices):
