@@ -5,15 +5,17 @@ exact score of the prior.
 Errors against `GaussianMixture.posterior`, root mean squares over observations y drawn from the
 model: of the mean, in units of the root of the posterior's total variance; of the covariance,
 relative, in Frobenius' norm; of the modes' weights, in total variation. The row `posterior` has
-those of as many exact draws, `exact` those of the exact conditional score: the sampler's own. All
-take ancestral steps, equal in log-SNR, under VP. `inpaint` keeps y as if without noise: its truth
-is the posterior that has none. A step costs so many evaluations of the score (`evaluations` along
-the way), each with a backward pass where `backward` says so; particles are the draws of a run of
+those of as many exact draws, `exact` those of the exact conditional score: the sampler's own. All take steps equal in log-SNR under VP,
+ancestral but for twisted SMC's. `dps` is a score, whose move shrinks with the steps; `dps_step`
+moves x_s by the published, constant rule. `inpaint` keeps y as if without noise: its truth is the
+posterior that has none. A step costs so many evaluations of the score (`evaluations` along the
+way), each with a backward pass where `backward` says so; particles are the draws of a run of
 `twisted_smc`, whose errors are root mean squares over runs too, and are relative to the truth as a
 weighted sum.
 """
 
 import argparse
+import itertools
 import json
 import time
 from collections.abc import Callable
@@ -77,6 +79,16 @@ def dps(gmm, problem, operator, y, score, scale):
     return ss.dps(score, SDE, operator, y, scale=scale), ss.ancestral
 
 
+def dps_step(gmm, problem, operator, y, score, zeta):
+    moved = ss.dps(score, SDE, operator, y, scale=zeta)
+
+    def step(key, score_fn, sde, x, t, s):
+        move = moved(x, t) - score_fn(x, t)  # −(ζ/‖r‖) ∇ ‖r‖²
+        return ss.ancestral(key, score_fn, sde, x, t, s) + move
+
+    return score, step
+
+
 def pgdm(gmm, problem, operator, y, score, sigma_data):
     options = {"noise": problem.noise, "sigma_data": sigma_data}
     return ss.pgdm(score, SDE, operator, y, **options), ss.ancestral
@@ -91,6 +103,7 @@ def inpaint(resamples, gmm, problem, operator, y, score, _):
 METHODS = {
     "exact": Method(exact),
     "dps": Method(dps, (0.3, 1.0, 3.0), backward=True),
+    "dps_step": Method(dps_step, (0.1, 0.3, 1.0), backward=True),
     "pgdm": Method(pgdm, (0.3, 1.0), backward=True),
     "inpaint": Method(partial(inpaint, 1), keeps=True),
     "repaint": Method(partial(inpaint, 10), evaluations=10, keeps=True),
@@ -120,11 +133,11 @@ def run(name, method, operator, ys, keys, setting, ts, num_steps):
 
 
 @partial(jax.jit, static_argnums=0, static_argnames="num")
-def run_particles(name, operator, ys, keys, *, num, sigma_data):
+def run_particles(name, operator, ys, keys, ts, *, num, sigma_data):
     """Particles of each run: x [observations, runs, num, d] and their weights."""
     problem = PROBLEMS[name]
     score = ss.exact_score(load_mixture(problem.mixture), SDE)
-    options = {"noise": problem.noise, "num_particles": num, "sigma_data": sigma_data}
+    options = {"noise": problem.noise, "num_particles": num, "sigma_data": sigma_data, "ts": ts}
 
     def one(y, key):
         particles = ss.twisted_smc(key, score, SDE, operator, y, **options)
@@ -193,11 +206,13 @@ def solve(name, draws, steps, particles):
                 line = {"method": method, "setting": setting, "steps": num}
                 line |= {"evaluations": num * options.evaluations, "backward": options.backward}
                 yield line | found(truth, x) | {"seconds": time.perf_counter() - start}
-    for num in particles:
+    for num_steps, num in itertools.product(steps[-2:], particles):
         keys = jax.random.split(jax.random.clone(key), (OBSERVATIONS, RUNS))
-        x, weights = run_particles(name, operator, ys, keys, num=num, sigma_data=1.0)
-        line = {"method": "twisted_smc", "setting": 1.0, "steps": 100, "particles": num}
-        line |= {"evaluations": 101, "backward": True, "runs": RUNS}
+        x, weights = run_particles(
+            name, operator, ys, keys, ts[num_steps], num=num, sigma_data=1.0
+        )
+        line = {"method": "twisted_smc", "setting": 1.0, "steps": num_steps, "particles": num}
+        line |= {"evaluations": num_steps + 1, "backward": True, "runs": RUNS}
         yield line | root_mean_square(gmm, posteriors, x, weights)
 
 
