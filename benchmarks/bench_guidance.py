@@ -5,13 +5,14 @@ exact score of the prior.
 Errors against `GaussianMixture.posterior`, root mean squares over observations y drawn from the
 model: of the mean, in units of the root of the posterior's total variance; of the covariance,
 relative, in Frobenius' norm; of the modes' weights, in total variation. The row `posterior` has
-those of as many exact draws, `exact` those of the exact conditional score: the sampler's own. All take steps equal in log-SNR under VP,
-ancestral but for twisted SMC's. `dps` is a score, whose move shrinks with the steps; `dps_step`
-moves x_s by the published, constant rule. `inpaint` keeps y as if without noise: its truth is the
-posterior that has none. A step costs so many evaluations of the score (`evaluations` along the
-way), each with a backward pass where `backward` says so; particles are the draws of a run of
-`twisted_smc`, whose errors are root mean squares over runs too, and are relative to the truth as a
-weighted sum.
+those of as many exact draws, `exact` those of the exact conditional score: the sampler's own.
+
+All take steps equal in log-SNR under VP, ancestral but for twisted SMC's. `dps` is a score, whose
+move shrinks with the steps; `dps_step` moves x_s by the published, constant rule. `inpaint` keeps
+y as if without noise: its truth is the posterior that has none. A step costs so many evaluations
+of the score (`evaluations` along the way), each with a backward pass where `backward` says so;
+particles are the draws of a run of `twisted_smc`, whose errors are root mean squares over runs
+too, and are relative to the truth as a weighted sum.
 """
 
 import argparse

@@ -114,6 +114,7 @@ def main(config: Config) -> Metrics:
     start = time.perf_counter()
     with results_folder(config.out, config) as folder:
         train_key, classes_key, *keys = jax.random.split(jax.random.key(config.seed), 5)
+        keys.append(jax.random.fold_in(keys[0], 1))
         digits, patches = ss.data.digits(), _small_patches()
         params = _train(train_key, config, digits.train, patches.train)
         metrics = {"train_seconds": time.perf_counter() - start}
@@ -122,6 +123,7 @@ def main(config: Config) -> Metrics:
         x0, y0 = to_model(keys[0], levels), patches.test.images
         y0 = y0[np.linspace(0, len(y0) - 1, config.num_patches).astype(int)]
         metrics |= judge("judge", x0[:, None], labels)
+        metrics |= _coarse_judge(keys[3], digits.train, x0, labels)
         classes = _classes(classes_key, config, params)
         for name, x in classes.items():  # the ten classes in turn
             metrics |= judge(name, x[:, None], np.arange(len(x)) % 10)
@@ -234,6 +236,14 @@ def _judge(train: ss.data.Examples) -> Callable[[str, Array, np.ndarray], Metric
         return estimate(f"{name}_accuracy", right.mean(axis=1))
 
     return accuracy
+
+
+def _coarse_judge(key: ss.Key, train: ss.data.Examples, x0: Array, labels: np.ndarray) -> Metrics:
+    """The accuracy of a machine that saw 4 × 4 digits: what super-resolution has to go by."""
+    coarse = jax.vmap(ss.downsampling_operator(DIGIT, 2))
+    table = lambda x: np.asarray(coarse(x)).reshape(len(x), -1)
+    machine = SVC(C=10.0).fit(table(to_model(key, train.images)), np.asarray(train.labels))
+    return estimate("coarse_judge_accuracy", machine.predict(table(x0)) == labels)
 
 
 def _classes(key: ss.Key, config: Config, params: ss.Params) -> dict[str, Array]:
