@@ -4,12 +4,15 @@ import contextlib
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import warnings
+from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -185,7 +188,7 @@ def test_a_folder_that_cannot_be(tmp_path):
         ss.Checkpoints("/proc/none")  # where nobody may write
 
 
-def run(folder, num_steps=60, **options):
+def run(folder, num_steps=60, *, wrap=lambda loss: loss, **options):
     """Ordinary least squares of a line, trained."""
     x = jax.random.normal(jax.random.key(0), (64, 3))
     data = (x, x @ jnp.array([1.0, -2.0, 0.5]))
@@ -198,7 +201,7 @@ def run(folder, num_steps=60, **options):
     defaults = {"save_every": 20, "log_every": 10, "report": None, "config": {"a": 1}}
     arguments = {"num_steps": num_steps, "folder": folder} | defaults | options
     params = {"w": jnp.zeros(3)}
-    return ss.train(jax.random.key(2), loss, params, OPTIMIZER, batches, **arguments)
+    return ss.train(jax.random.key(2), wrap(loss), params, OPTIMIZER, batches, **arguments)
 
 
 def test_a_run_in_parts_is_the_run(tmp_path):
@@ -215,6 +218,24 @@ def test_a_run_in_parts_is_the_run(tmp_path):
     # the run in parts has a row at 35, where it ended once; from 40 on they agree but for its mean
     last = [json.loads(text.splitlines()[-1]) for text in rows]
     assert last[0]["loss"] == last[1]["loss"] and last[0]["grad_norm"] == last[1]["grad_norm"]
+
+
+def test_two_thousand_steps_neither_grow_nor_compile(tmp_path):
+    """From the fifth row on: arrays on the device, and (within 8 MiB, of an allocator) the
+    process's peak memory; one trace of the loss in all, a shorter last row included.
+    """
+    seen = []
+
+    def look(state):
+        arrays = sum(x.nbytes for x in jax.live_arrays())
+        seen.append((arrays, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10))
+        return {}
+
+    options = {"save_every": 200, "log_every": 100, "evaluate": look, "evaluate_every": 100}
+    run(tmp_path, 2_010, wrap=partial(chex.assert_max_traces, n=1), **options)
+    chex.clear_trace_counter()
+    arrays, peak = np.transpose(seen[4:])
+    assert len(seen) == 21 and np.ptp(arrays) == 0 and peak[-1] - peak[0] < 8
 
 
 def test_steps_outside_of_a_loop_and_a_feed_agree(tmp_path):

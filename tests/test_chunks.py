@@ -83,7 +83,7 @@ def test_results_on_disk_are_made_once(tmp_path):
     keys, calls = jax.random.split(jax.random.key(0), 11), []
     draw = lambda key, scale: scale * jax.random.normal(key, (2,))  # noqa: E731
     options = {"folder": tmp_path, "chunk_size": 4}
-    ss.map_to_disk(draw, keys, 2.0, **options)
+    ss.map_to_disk(draw, keys, 2.0, **options, mesh=ss.make_mesh(local=True))
     expected = ss.map_in_chunks(draw, keys, 2.0, chunk_size=11)
     np.testing.assert_array_equal(ss.load_chunks(tmp_path, 11), expected)
     (tmp_path / "000000004.npy").unlink()

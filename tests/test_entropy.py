@@ -1,5 +1,7 @@
 """Entropy gradients against closed forms, the alternating step, annealed importance sampling."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,8 @@ import pytest
 
 import sde_score as ss
 from benchmarks import bench_entropy
-from experiments._ais import ais_log_weights, log_mean_exp, temperatures
+from experiments._ais import ais_log_weights, log_mean_exp, temperatures, two_way_interval
+from experiments._vae import Encoder, encoder_log_prob
 
 NOISE = jnp.array([0.3, -0.4])
 
@@ -63,24 +66,53 @@ def test_estimated_scores_serve_too():
 
 
 def test_samplers_without_an_entropy_are_refused():
+    """In one line, that says nothing of times, weights or images."""
     score = lambda z: -z
-    for sampler, words in (
-        (lambda e: jnp.ones(2), "`sampler` must depend on `noise`"),
-        (lambda e: jnp.tile(e, 2), "`noise` must have at least as many numbers as z .*, 4; got 2"),
-        (lambda e: e / 0.0, "`sampler\\(noise\\)` must be finite"),
-        (lambda e, x: e, "`sampler` cannot be called as it must"),
+    takes = r"`score_fn` must take the latent z = sampler\(noise\), of shape \(2,\), and return"
+    own = ss.stein_score(jax.random.normal(jax.random.key(0), (20, 3)))
+    for score_fn, sampler, noise, words in (
+        (score, lambda e: jnp.ones(2), NOISE, "`sampler` must depend on `noise`"),
+        (
+            score,
+            lambda e: jnp.tile(e, 2),
+            NOISE,
+            "`noise` must have at least as many .*, 4; got 2",
+        ),
+        (score, lambda e: e / 0.0, NOISE, "`sampler\\(noise\\)` must be finite"),
+        (score, lambda e, x: e, NOISE, "`sampler` must take `noise`, .*TypeError.*missing"),
+        (score, lambda e: e @ jnp.ones(3), NOISE, "`sampler` must take `noise`, .*TypeError"),
+        (score, lambda e: (e, e), NOISE, "`sampler` must take .*; it returned tuple. Close over"),
+        (score, lambda e: None, NOISE, "`sampler` must take .*; it returned NoneType"),
+        (score, lambda e: jnp.argsort(e), NOISE, "`sampler` must take .*; it returned int"),
+        (score, lambda e: e, None, "`noise` must be an array; got NoneType. Draw it"),
+        (score, lambda e: e, jnp.arange(2), "`noise` must be floating point; got int32. Draw it"),
+        (score, lambda e: e, jax.random.key(0), "`noise` must be floating point; got key.*Draw"),
+        (lambda z: jnp.ones(3), lambda e: e, NOISE, f"{takes} .*; it returned shape \\(3,\\)"),
+        (lambda z: z @ jnp.ones(3), lambda e: e, NOISE, f"{takes} .*; it failed by TypeError"),
+        (own, lambda e: e, NOISE, f"{takes} .*; it failed by ArgumentError: `x` must have shape"),
+        (lambda z: None, lambda e: e, NOISE, f"{takes} .*; it returned NoneType"),
+        (lambda z: z * jnp.nan, lambda e: e, NOISE, "the score network has diverged. Lower its"),
     ):
-        with pytest.raises(ValueError, match=words):
-            ss.entropy_surrogate(score, sampler, NOISE)
-    with pytest.raises(ValueError, match="`score_fn` must return the shape of `x`; got \\(3,\\)"):
-        ss.entropy_surrogate(lambda z: jnp.ones(3), lambda e: e, NOISE)
-    # inside a gradient too, where only the structure is known
+        with pytest.raises(ValueError, match=words) as caught:
+            ss.entropy_surrogate(score_fn, sampler, noise)
+        message = str(caught.value)
+        assert "\n" not in message and "uniform" not in message and "_weight" not in message
+
+
+def test_what_is_known_only_as_it_runs():
+    """Inside a gradient only the structure is known; a sampler may look at its noise outside."""
+    score = lambda z: -z
     deaf = lambda a: ss.entropy_surrogate(score, lambda e: a * jnp.ones(2), NOISE)
     with pytest.raises(ValueError, match="`sampler` must depend on `noise`"):
         jax.jit(jax.grad(deaf))(2.0)
     broken = lambda a: ss.entropy_surrogate(score, lambda e: e / a, NOISE)
     with pytest.raises(Exception, match="`sampler\\(noise\\)` must be finite"):
         jax.block_until_ready(jax.jit(jax.grad(broken))(0.0))
+    diverged = lambda a: ss.entropy_surrogate(lambda z: z / 0.0, lambda e: a * e, NOISE)
+    with pytest.raises(Exception, match="the score network has diverged"):
+        jax.block_until_ready(jax.jit(jax.grad(diverged))(2.0))
+    for sampler in (lambda e: e if e[0] > 0 else -e, lambda e: jnp.asarray(np.abs(e))):
+        np.testing.assert_allclose(ss.entropy_surrogate(score, sampler, NOISE), 0.25, rtol=1e-6)
 
 
 def test_alternating_learns_a_gaussian_posterior():
@@ -124,6 +156,86 @@ def test_alternating_learns_a_gaussian_posterior():
         ss.make_alternating_step(None, score_loss, sgd, sgd)
     with pytest.raises(ValueError, match="`score_steps` must be a Python integer"):
         ss.make_alternating_step(model_loss, score_loss, sgd, sgd, score_steps=0)
+    for wrong in (init.model, ss.AlternatingState(init.model.params, init.score), None):
+        with pytest.raises(ValueError, match="`state` must be AlternatingState.*init_train_state"):
+            step(wrong, jax.random.key(4), batch)
+
+
+def test_every_step_of_either_draws_for_itself():
+    """A loss p·n with n of its own key: descent by 1 leaves p = −Σ n, and the gradient is n."""
+
+    def model_loss(params, other, key, batch):  # two keys of its own, as of two parts of a batch
+        return sum(params["p"][i] * jax.random.normal(jax.random.fold_in(key, i)) for i in (0, 1))
+
+    score_loss = lambda params, other, key, batch: params["p"] * jax.random.normal(key)
+    sgd = optax.sgd(1.0)
+    step = ss.make_alternating_step(model_loss, score_loss, sgd, sgd, score_steps=2)
+    model, score = (ss.init_train_state({"p": jnp.zeros(shape)}, sgd) for shape in (2, ()))
+    state, metrics = step(ss.AlternatingState(model, score), jax.random.key(6), None)
+    second = abs(metrics["score_grad_norm"])
+    first = abs(metrics["score_loss"]) / second  # the second step's loss is −n_1 n_2
+    total = abs(state.score.params["p"])
+    np.testing.assert_allclose(
+        min(abs(total - first - second), abs(total - abs(first - second))), 0, atol=1e-5
+    )
+    draws = np.sort(np.abs([first, second, *state.model.params["p"]]))
+    assert draws[0] > 1e-3 and np.all(np.diff(draws) > 1e-3)
+
+
+def test_the_benchmarks_errors_are_those_of_known_draws():
+    """Gradients truth + b + s n in 2 × 4 entries: relative bias and std, and the rest of them."""
+    truth, num = np.arange(1.0, 9.0).reshape(2, 4), 4_000
+    norm = np.linalg.norm(truth)
+    noise = np.random.default_rng(0).normal(size=(num, 2, 4))
+    off = np.zeros((2, 4))
+    off[:, 2:] = 0.3
+    got = bench_entropy.errors(truth + off + 0.2 * noise, truth, 2)
+    # each is a mean over 32,000 numbers: 1 % is more than 2 standard errors of a mean square
+    bias, std = 0.3 * 4**0.5 / norm, 0.2 * 8**0.5 / norm
+    np.testing.assert_allclose(got["bias"], bias, rtol=0.03)
+    np.testing.assert_allclose(got["std"], std, rtol=0.02)
+    np.testing.assert_allclose(got["error"], np.hypot(bias, std), rtol=0.02)
+    linear, waves = (np.linalg.norm(truth[:, part]) for part in (slice(2), slice(2, None)))
+    np.testing.assert_allclose(got["error_linear"], 0.4 / linear, rtol=0.02)
+    np.testing.assert_allclose(got["error_waves"], np.hypot(0.4, 0.6) / waves, rtol=0.02)
+    assert abs(got["z"] - 0.3 / 0.2 * num**0.5) < 6  # the largest of 4, each with an sd of 1.5
+    fair = bench_entropy.errors(truth + 0.2 * noise, truth, 2)
+    assert fair["z"] < 4 and fair["bias"] < 3 * std / num**0.5
+
+
+def test_an_interval_over_seeds_and_digits():
+    """a_s + b_d: the variances of both means; where one is 0, Student's of the other."""
+    a, b = np.random.default_rng(1).normal(size=(2, 5))
+    b = np.concatenate([b, -b, b + 1])
+    mean, low, high = two_way_interval(a[:, None] + 0 * b[None])
+    half = 2.776 * a.std(ddof=1) / 5**0.5  # t of 4 degrees of freedom
+    np.testing.assert_allclose([mean, low, high], a.mean() + half * np.array([0, -1, 1]), 1e-3)
+    _, low, high = two_way_interval(a[:, None] + b[None])
+    parts = np.array([a.var(ddof=1) / 5, b.var(ddof=1) / 15])
+    assert 1.96 < (high - low) / 2 / parts.sum() ** 0.5 < 2.776 * 1.001
+
+
+def test_an_implicit_encoders_density_by_quadrature():
+    """Its moments are its draws', within 5 standard errors; without ε₁ it is in closed form."""
+    x, noise = jnp.array([0.3]), jax.random.normal(jax.random.key(1), (20_000, 4))
+    line = jnp.linspace(-8.0, 8.0, 41)
+    z = jnp.stack(jnp.meshgrid(line, line), -1).reshape(-1, 2)
+    for implicit in (False, True):
+        encoder = Encoder(8, implicit)
+        params = {"encoder": encoder.init(jax.random.key(0), x, noise[0])}
+        apply = lambda e, encoder=encoder, params=params: encoder.apply(params["encoder"], x, e)
+        log_q = jax.jit(partial(encoder_log_prob, encoder, num=25))(params, x, z)
+        mass = jnp.exp(log_q) * (line[1] - line[0]) ** 2
+        np.testing.assert_allclose(mass.sum(), 1.0, rtol=1e-4)
+        draws = jax.jit(jax.vmap(apply))(noise)[0]
+        values = jnp.concatenate([draws, draws**2], axis=1)
+        stderr = values.std(0) / len(values) ** 0.5
+        found = mass @ jnp.concatenate([z, z**2], axis=1)
+        assert np.all(np.abs(values.mean(0) - found) < 5 * stderr) and stderr.max() < 0.05
+        if not implicit:
+            mean, log_std = apply(jnp.zeros(4))
+            exact = jax.scipy.stats.norm.logpdf(z, mean[None], jnp.exp(log_std)[None]).sum(1)
+            np.testing.assert_allclose(log_q, exact, rtol=1e-5, atol=1e-5)
 
 
 def test_annealed_importance_sampling_finds_a_linear_decoders_likelihood(x64):

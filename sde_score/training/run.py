@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
 
 from sde_score import _checks
 from sde_score._typing import Key, Params, travelling
@@ -101,11 +102,12 @@ def train(
                 speed.write(_speed(stop, stop - start, num_steps, time.perf_counter() - clock))
                 if report is not None:
                     report(start, stop, num_steps, row["loss"])
-                if arrived or stop % save_every == 0 or stop == num_steps:
+                number = _agreed(arrived)
+                if number or stop % save_every == 0 or stop == num_steps:
                     checkpoints.save(state, row)
-                if arrived and stop < num_steps:
+                if number and stop < num_steps:
                     checkpoints.wait()
-                    _give_way(arrived[0], stop)
+                    _give_way(number, stop)
                 start = stop
     return state
 
@@ -168,6 +170,14 @@ def _signals() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _agreed(arrived: list[int]) -> int:
+    """The signal that reached this process or another one, or 0."""
+    number = arrived[0] if arrived else 0
+    if jax.process_count() > 1:  # who stopped alone would leave the others waiting
+        number = int(np.max(multihost_utils.process_allgather(np.int32(number))))
+    return number
 
 
 def _give_way(number: int, step: int) -> None:
