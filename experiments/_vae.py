@@ -1,5 +1,6 @@
 """The networks of `implicit_vae` and their training, all seeds in one program."""
 
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -97,17 +98,23 @@ def train_all(
     name; "implicit" is implicit, every other Gaussian.
     """
     params, curves, metrics = {}, {}, {}
-    keys = jax.random.split(key, config.num_seeds)
     for name, steps in num_steps.items():
-        run = jax.jit(jax.vmap(partial(_train, config, model, name, steps), (0, None)))
-        run = run.lower(keys, x).compile()
+        init_keys, keys = jax.random.split(jax.random.clone(key), (2, config.num_seeds))
+        # not in the compiled function, which takes longer to compile than this to run
+        inits = [_init(init_key, model, name, x[0]) for init_key in init_keys]
+        init = jax.tree.map(lambda *leaves: jnp.stack(leaves), *inits)
+        run = jax.jit(jax.vmap(partial(_train, config, model, name, steps), (0, 0, None)))
+        run = run.lower(keys, init, x).compile()
         start = time.perf_counter()
+        logging.disable(logging.ERROR)  # the runtime reports at length what is raised below
         try:
-            params[name], rows = jax.block_until_ready(run(jax.random.clone(keys), x))
+            params[name], rows = jax.block_until_ready(run(keys, init, x))
         except jax.errors.JaxRuntimeError as error:
             if "must be finite" not in str(error):
                 raise
             rows = np.full((1, 1), np.nan)
+        finally:
+            logging.disable(logging.NOTSET)
         metrics[f"{name}_train_seconds"] = time.perf_counter() - start
         curves[name] = np.asarray(rows)
         if not np.isfinite(curves[name]).all():
@@ -128,12 +135,13 @@ def gradient_noise(
     def of_seed(key: ss.Key, params: ss.Params) -> Array:
         learnt, score_params = _split(params)
 
-        def add(total: ss.Params, key: ss.Key) -> tuple[ss.Params, Array]:
-            grads = jax.grad(model_loss)(learnt, score_params, key, batch)
+        def add(total: ss.Params, i: Array) -> tuple[ss.Params, Array]:
+            noise_key = jax.random.fold_in(key, i)
+            grads = jax.grad(model_loss)(learnt, score_params, noise_key, batch)
             return jax.tree.map(jnp.add, total, grads), optax.tree.norm(grads) ** 2
 
         zero = jax.tree.map(jnp.zeros_like, learnt)
-        total, squares = jax.lax.scan(add, zero, jax.random.split(key, num))
+        total, squares = jax.lax.scan(add, zero, jnp.arange(num))
         square = optax.tree.norm(total) ** 2 / num**2
         variance = (squares.mean() - square) * num / (num - 1)
         return jnp.sqrt(variance / (square - variance / num))  # the mean has noise too
@@ -216,11 +224,17 @@ def _optimizer(rate: float, num_steps: int, last: float, weight_decay: float) ->
 
 
 def _train(
-    config: Any, model: Model, name: str, num_steps: int, key: ss.Key, x: Array
+    config: Any,
+    model: Model,
+    name: str,
+    num_steps: int,
+    key: ss.Key,
+    params: ss.Params,
+    x: Array,
 ) -> tuple[ss.Params, Array]:
     """One network of each kind and the loss of each step."""
-    init_key, batch_key, fit_key = jax.random.split(key, 3)
-    init, score_init = _split(_init(init_key, model, name, x[0]))
+    batch_key, fit_key = jax.random.split(key)
+    init, score_init = _split(params)
     model_loss, score_loss = _losses(model, name, config.num_probes)
     # the score goes on learning to the end: an encoder that leaves a frozen one behind diverges
     optimizers = (

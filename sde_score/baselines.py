@@ -98,9 +98,9 @@ def stein_score(
 
         s(x) = −[Σ_j (1 + u_j) k_j (x − x_j)/h² + Σ_j k_j G_j] / (1 + ridge − kᵀu),
 
-    k_j = k(x, x_j), u = (K + ridge I)⁻¹ k. Here k = exp(−‖x − y‖²/2h²), h = `bandwidth`, by
-    default the median distance of the points: mixtures want less. O(n³) time and n² numbers once,
-    O(n²) time a call.
+    k_j = k(x, x_j), u = (K + ridge I)⁻¹ k. At x_i, which then counts twice, s(x_i) is not G_i.
+    Here k = exp(−‖x − y‖²/2h²), h = `bandwidth`, by default the median distance of the points:
+    mixtures want less. O(n³) time and n² numbers once, O(n²) time a call.
     """
     points = _points("data", data)
     _checks.check_positive("ridge", ridge)

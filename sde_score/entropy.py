@@ -15,6 +15,7 @@ from typing import NamedTuple, TypeAlias
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float
 
@@ -38,13 +39,27 @@ def entropy_surrogate(
     exact (Stein's identity). `score_fn` z ↦ s(z) may be exact, learnt by `sliced_score_matching`
     on samples, or `stein_score(samples)`; no gradient flows into it. Of an encoder q(z | x) close
     over x in both. Independent draws of `noise` and of the score's samples leave the estimate
-    biased only by the score's error, −E[(∂g/∂θ)ᵀ (s − ∇log q)].
+    biased only by the score's error, −E[(∂g/∂θ)ᵀ (s − ∇log q)]. Of the laws without a density,
+    and so without an entropy, only a z without any noise is found: one on a line or on a few
+    points is not.
     """
-    _checks.check_data("noise", noise)
+    fix = "Draw it with jax.random.normal(key, shape)."
+    if not eqx.is_array_like(noise):
+        raise _checks.ArgumentError(f"`noise` must be an array; got {type(noise).__name__}. {fix}")
+    _checks.check_data("noise", noise, fix)
     noise = _checks.at_least_float32(noise)
     z = _sample(sampler, noise)
-    score = jax.lax.stop_gradient(_checks.call(score_fn, jax.lax.stop_gradient(z)))
-    return -jnp.sum(score * z)
+    rule = (
+        f"`score_fn` must take the latent z = sampler(noise), of shape {z.shape}, and return as "
+        "much"
+    )
+    score = _call(score_fn, jax.lax.stop_gradient(z), rule, "Give its network the latent's size.")
+    if score.shape != z.shape:
+        raise _checks.ArgumentError(
+            f"{rule}; it returned shape {score.shape}. Give its network the latent's size."
+        )
+    rule = "`score_fn(z)` must be finite: the score network has diverged. Lower its learning rate."
+    return -jnp.sum(jax.lax.stop_gradient(_finite(score, rule)).astype(z.dtype) * z)
 
 
 class AlternatingState(NamedTuple):
@@ -85,6 +100,14 @@ def make_alternating_step(
         state: AlternatingState, key: Key, batch: object
     ) -> tuple[AlternatingState, dict[str, Array]]:
         _checks.check_key(key)
+        if not (
+            isinstance(state, AlternatingState)
+            and all(isinstance(part, TrainState) for part in state)
+        ):
+            raise _checks.ArgumentError(
+                "`state` must be AlternatingState(model, score) of two training states; got "
+                f"{type(state).__name__}. Make each by init_train_state."
+            )
         model_key, score_key = jax.random.split(key)
 
         def learn(score: TrainState, i: Array) -> tuple[TrainState, dict[str, Array]]:
@@ -102,19 +125,43 @@ def make_alternating_step(
 
 def _sample(sampler: Callable, noise: Array) -> Array:
     """z, whose law may have a density: it depends on the noise, of dimensions enough."""
-    z = _checks.apply("sampler", sampler, noise)
-    _checks.check_data("sampler(noise)", z)
-    if jnp.size(z) > noise.size:
+    rule = f"`sampler` must take `noise`, of shape {noise.shape}, and return z, a floating array"
+    z = _call(sampler, noise, rule, "Close over all else that it needs.")
+    if z.size > noise.size:
         raise _checks.ArgumentError(
-            f"`noise` must have at least as many numbers as z = sampler(noise), {jnp.size(z)}; "
+            f"`noise` must have at least as many numbers as z = sampler(noise), {z.size}; "
             f"got {noise.size}. The law of z has no density otherwise, and no entropy."
         )
     try:  # what depends on the noise cannot leave vmap without an axis
         jax.eval_shape(jax.vmap(sampler, out_axes=None), noise[None])
-    except ValueError:
+    except (ValueError, jax.errors.JAXTypeError):  # the latter where it looks at its values
         rule = "`sampler(noise)` must be finite. Lower the learning rate or clip the gradients."
-        return eqx.error_if(z, ~jnp.all(jnp.isfinite(z)), rule)
+        return _finite(z, rule)
     raise _checks.ArgumentError(
         "`sampler` must depend on `noise`: without noise z is a point, which has no density "
         "and no entropy gradient. Feed the noise to the encoder."
     )
+
+
+def _call(fn: Callable, x: Array, rule: str, fix: str) -> Array:
+    """fn(x), one floating array; whatever else comes of it is told in one line."""
+    try:
+        out = fn(x)
+    except jax.errors.KeyReuseError:
+        raise
+    except Exception as error:  # whatever error the network's framework has
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        raise _checks.ArgumentError(
+            f"{rule}; it failed by {type(error).__name__}: {reason}. {fix}"
+        ) from error
+    if not (eqx.is_array_like(out) and jnp.issubdtype(jnp.result_type(out), jnp.floating)):
+        got = getattr(out, "dtype", type(out).__name__)
+        raise _checks.ArgumentError(f"{rule}; it returned {got}. {fix}")
+    return jnp.asarray(out)
+
+
+def _finite(x: Array, rule: str) -> Array:
+    """x, or an error; inside a trace, when it runs."""
+    if _checks.is_concrete(x) and not np.all(np.isfinite(np.asarray(x))):
+        raise _checks.ArgumentError(rule)
+    return eqx.error_if(x, ~jnp.all(jnp.isfinite(x)), rule)

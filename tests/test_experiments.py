@@ -236,14 +236,15 @@ def test_an_implicit_encoder(tmp_path):
     files = {f"{name}.png" for name in ("loss", "digits", "posterior", "bimodal")}
     files |= {"params.safetensors", "metrics.json", "config.json"}
     assert {path.name for path in tmp_path.iterdir()} == files
-    # 0.25 is the least KL of a Gaussian of diagonal covariance here, about
+    # trained to the end they have about 0.02 and 0.25
     assert 0 < metrics["implicit_kl"] < 0.15 < metrics["gaussian_kl"] < 0.4
-    assert metrics["bimodal_weight_error"] < 0.2
+    assert metrics["bimodal_weight_error"] < 0.1
     assert metrics["bimodal_between_error"] < 0.1 < metrics["gaussian_between_error"]
     assert 0 < metrics["gaussian_gradient_noise"] and 0 < metrics["implicit_gradient_noise"]
     for name in ("gaussian", "implicit", "gaussian_longer"):
         low, mean, high = (metrics[f"{name}_log_prob{end}"] for end in ("_low", "", "_high"))
-        assert -64 * np.log(2) < low < mean < high < 0  # better than fair coins
+        assert -64 * np.log(2) < mean < 0  # better than fair coins
+        assert low < mean < high  # two seeds: wide
 
 
 def test_implicit_vae_options_and_mnist(monkeypatch):
