@@ -35,7 +35,7 @@ def cli(main: Callable[[Any], Metrics], default: Any, quick: Any) -> None:
     config = tyro.cli(type(default), prog=prog, args=args, default=start, description=description)
     try:
         metrics = main(config)
-    except (ValueError, OSError, ArithmeticError, RuntimeError) as error:
+    except (ValueError, OSError, ArithmeticError, RuntimeError, MemoryError) as error:
         sys.exit(_one_line(error))
     width = max(map(len, metrics))
     for name, value in metrics.items():

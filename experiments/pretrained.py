@@ -30,7 +30,7 @@ class Config:
     config: Path | None = None  # the published configuration of a .pth file
     sha256: str | None = None  # of the weights, to be verified
     images: Path | None = None
-    image_size: int = 32  # of the samples
+    image_size: int | None = None  # of the samples; None: the checkpoint's own
     num_samples: int = 16
     num_steps: int = 1000  # of the predictor, each after a step of the corrector
     snr: float = 0.16  # of the corrector, as published for CIFAR-10
@@ -54,10 +54,11 @@ def main(config: Config) -> Metrics:
     """Load, sample, evaluate; returns the metrics that it writes."""
     start = time.perf_counter()
     model = _load(config)
-    images = None if config.images is None else _read(config.images)
+    shape = _shape(config, model)
+    images = None if config.images is None else _read(config.images, shape)
     with results_folder(config.out, config) as folder:
         key, sample_key = jax.random.split(jax.random.key(config.seed))
-        grids, metrics = _draw(sample_key, config, model)
+        grids, metrics = _draw(sample_key, config, model, shape)
         if images is not None:
             metrics |= _likelihood(key, config, model, images)
             grids["given images"] = model.data_range[0] + np.ptp(model.data_range) * (
@@ -81,14 +82,23 @@ def _load(config: Config) -> pretrained.Pretrained:
     if path.is_dir():
         return pretrained.diffusers.load(path, sha256=config.sha256)
     if path.suffix == ".safetensors":
-        return pretrained.load_pretrained(path)
+        return pretrained.load_pretrained(path, sha256=config.sha256)
     if config.config is None:
         raise ValueError(f"`config` must be given with {path}: the published one as JSON.")
     fields = json.loads(config.config.read_text(encoding="utf-8"))
     return pretrained.score_sde.load(path, fields, sha256=config.sha256)
 
 
-def _read(path: Path) -> np.ndarray:
+def _shape(config: Config, model: pretrained.Pretrained) -> tuple[int, ...]:
+    """Of one image."""
+    if config.image_size is not None and isinstance(model.net, ss.nets.UNet):
+        return config.image_size, config.image_size, model.net.channels
+    if model.shape is None:
+        raise ValueError("`image_size` must be given: this checkpoint has none. See --image-size.")
+    return model.shape
+
+
+def _read(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     """Of an .npz file the first array."""
     found = np.load(path, allow_pickle=False)
     images = found if isinstance(found, np.ndarray) else found[found.files[0]]
@@ -97,14 +107,18 @@ def _read(path: Path) -> np.ndarray:
             "`images` must be uint8 [n, H, W, C] with at least 2 examples; got "
             f"{images.dtype}{list(images.shape)}."
         )
+    if images.shape[1:] != shape:
+        raise ValueError(
+            f"`images` must be of the shape of the model's, {shape}; got {images.shape[1:]}. "
+            "Resize them, or give another --image-size."
+        )
     return images
 
 
 def _draw(
-    key: ss.Key, config: Config, model: pretrained.Pretrained
+    key: ss.Key, config: Config, model: pretrained.Pretrained, shape: tuple[int, ...]
 ) -> tuple[dict[str, np.ndarray], Metrics]:
     """Samples of both samplers from the same draws of the prior, and what they cost."""
-    shape = (config.image_size, config.image_size, model.net.channels)
     sde = dataclasses.replace(model.sde, t0=max(config.start, model.sde.t0))
     pair = ss.predictor_corrector(ss.reverse_diffusion, ss.langevin(config.snr))
     spread = 0.25 * float(np.ptp(model.data_range))  # about the images' standard deviation

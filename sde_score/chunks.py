@@ -1,5 +1,7 @@
 """More examples than memory holds: a function of one example over many, a chunk at a time."""
 
+import hashlib
+import json
 import os
 import sys
 import time
@@ -96,11 +98,13 @@ def map_to_disk(
 ) -> Path:
     """`map_in_chunks` of an array-valued fn into folder/FIRST.npy, a file for each chunk, named by
     its first index and whole or not there: those that are there are not made again. Each of
-    several processes makes every P-th. `load_chunks` reads them.
+    several processes makes every P-th. `load_chunks` reads them. What the folder is of, `xs`,
+    `args` and the chunks, is noted in folder/index.json: a call with others is refused.
     """
     _checks.check_count("chunk_size", chunk_size)
     folder, total = Path(folder), len(jax.tree.leaves(xs)[0])
     folder.mkdir(parents=True, exist_ok=True)
+    _note(folder, {"total": total, "chunk_size": chunk_size, "sha256": _digest(fn, xs, args)})
     firsts = range(0, total, chunk_size)[jax.process_index() :: jax.process_count()]
     start = time.perf_counter()
     for first in firsts:
@@ -108,6 +112,10 @@ def map_to_disk(
         if not path.exists():
             part = _rows(xs, first, chunk_size)  # all of one length: one compilation
             values = map_in_chunks(fn, part, *args, chunk_size=chunk_size, mesh=mesh)
+            if not isinstance(values, np.ndarray):
+                raise _checks.ArgumentError(
+                    "`fn` must return one array; got a container. Return its part, or stack it."
+                )
             unfinished = path.with_suffix(f".{os.getpid()}.partial")
             with unfinished.open("wb") as file:
                 np.save(file, values[: last - first])
@@ -133,6 +141,33 @@ def load_chunks(folder: str | os.PathLike, total: int) -> np.ndarray:
     return np.concatenate(parts)
 
 
+def _note(folder: Path, index: dict[str, Any]) -> None:
+    path = folder / "index.json"
+    if not path.exists():
+        unfinished = path.with_suffix(f".{os.getpid()}.partial")
+        unfinished.write_text(json.dumps(index))
+        os.replace(unfinished, path)
+    found = json.loads(path.read_text())
+    differing = [name for name, value in index.items() if found.get(name) != value]
+    if differing:
+        raise _checks.ArgumentError(
+            f"`folder` must hold results of the same `xs`, `args` and chunks; in {folder} differ "
+            f"{differing}. Choose another."
+        )
+
+
+def _digest(*trees: Any) -> str:
+    """Of the arrays and keys."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(trees):
+        if hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
+        if not callable(leaf):
+            leaf = np.asarray(leaf)
+            digest.update(f"{leaf.dtype}{leaf.shape}".encode() + leaf.tobytes())
+    return digest.hexdigest()
+
+
 def _rows(xs: Any, first: int, size: int) -> Any:
     """`size` examples from `first` on, the last one over and over where there are no more."""
     rows = jnp.minimum(first + jnp.arange(size), len(jax.tree.leaves(xs)[0]) - 1)
@@ -141,6 +176,8 @@ def _rows(xs: Any, first: int, size: int) -> Any:
 
 def _reason(error: Exception) -> str:
     """The message of equinox's, which jit buries in its own; else the whole."""
+    if "RESOURCE_EXHAUSTED" in str(error):
+        return f"{error}\nLower `chunk_size`."
     found = [line for line in str(error).splitlines() if "EquinoxRuntimeError: " in line]
     return found[0].split("EquinoxRuntimeError: ")[1] if found else str(error)
 

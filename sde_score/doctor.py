@@ -5,6 +5,8 @@ against the data, with advice.
 """
 
 import argparse
+import contextlib
+import os
 import platform
 import shutil
 import sys
@@ -37,6 +39,9 @@ def describe_machine(folder: Path = Path()) -> dict[str, str]:
         stats = device.memory_stats() or {}
         room = f", {stats['bytes_limit'] / 2**30:.1f} GiB" if "bytes_limit" in stats else ""
         table[str(device)] = f"{device.device_kind}{room}"
+    with contextlib.suppress(ValueError, OSError, AttributeError):  # where the system tells
+        pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        table["memory"] = f"{pages / 2**30:.1f} GiB, {os.cpu_count()} cores"
     config: Any = jax.config  # whose flags type checkers do not see
     table["float64"] = "on" if config.jax_enable_x64 else "off: jax.enable_x64(True)"
     precision = config.jax_default_matmul_precision
@@ -53,7 +58,8 @@ def check_setup(sde: SDE, data: Any, *, sigma_data: float | None = None) -> list
 
     The noise at t1 should drown the data: KL(p_t1 ‖ prior) ≤ ½ (alpha/sigma)² E‖x‖², and under VE
     sigma_max be about the largest distance of two examples (Song & Ermon 2020, arXiv 2006.09011,
-    technique 1). Under VP and sub-VP data should have about unit variance.
+    technique 1). Under VP and sub-VP data should have about unit variance and be centred, as
+    images in [-1, 1] are.
     """
     _checks.check_sde(sde)
     _checks.check_data("data", data)
@@ -78,6 +84,14 @@ def check_setup(sde: SDE, data: Any, *, sigma_data: float | None = None) -> list
             f"The data have standard deviation {spread:.3g}; this SDE expects about 1: scale them "
             "(sde_score.data.standardize; images to [-1, 1])."
         )
+    centre = float(x.mean())
+    if alpha < 1.0 and (abs(centre) > max(spread, 0.3) or x.min() >= 0.0):
+        advice.append(
+            f"The data, from {x.min():.3g} to {x.max():.3g}, have mean {centre:.3g}; this SDE "
+            "expects them around 0: centre them (images to [-1, 1])."
+        )
+    if spread == 0.0:
+        return [*advice, "The data are constant: there is nothing to learn."]
     if first > 0.1 * spread:
         advice.append(
             f"The least noise, {first:.3g} at t0, hides detail of data with standard deviation "

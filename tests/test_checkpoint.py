@@ -135,13 +135,47 @@ def test_a_damaged_file_is_named_and_where_all_are_nothing_starts(saved, tmp_pat
     shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
     for step in (10, 20, 30):
         (tmp_path / f"000000{step}" / "_METADATA").write_bytes(b"{}")
+    words = "`folder` must hold a whole checkpoint.*00000030/_METADATA is damaged"
     with contextlib.closing(ss.Checkpoints(tmp_path, config={"width": 3})) as checkpoints:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            with pytest.raises(ArgumentError, match="`folder` must hold a whole checkpoint"):
+        for _ in range(2):  # it stays so: nothing starts anew over what is there
+            with pytest.raises(ArgumentError, match=words):
                 checkpoints.restore(state_at(0))
-    named = "00000030/_METADATA is damaged: this checkpoint is not restored."
-    assert len(caught) == 3 and str(caught[0].message).endswith(named)
+        (tmp_path / "00000020" / "_METADATA").write_bytes(
+            (saved / "00000020" / "_METADATA").read_bytes()
+        )
+        with pytest.warns(UserWarning, match="_METADATA is damaged: this checkpoint is not"):
+            assert equal(checkpoints.restore(state_at(0)), state_at(20))
+    assert (tmp_path / "damaged-00000030").is_dir()
+
+
+def test_what_is_not_a_checkpoint_s_is_left_alone_and_a_lost_manifest_is_told(saved, tmp_path):
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    for name in ("2026-results", "3d_scans"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "2025.json").write_text("{}")
+    (tmp_path / "00000030.json").unlink()
+    with contextlib.closing(ss.Checkpoints(tmp_path, config={"width": 3})) as checkpoints:
+        with pytest.warns(UserWarning, match="00000030 has no manifest"):
+            assert equal(checkpoints.restore(state_at(0)), state_at(20))
+    assert {"2026-results", "3d_scans", "2025.json"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_an_optimiser_s_key_is_restored(tmp_path):
+    optimizer = optax.chain(optax.adam(1e-2), optax.add_noise(0.1, 0.5, jax.random.key(3)))
+    state = ss.init_train_state(PARAMS, optimizer)
+    with contextlib.closing(ss.Checkpoints(tmp_path)) as checkpoints:
+        checkpoints.save(state)
+        restored = checkpoints.restore(ss.init_train_state(PARAMS, optimizer))
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
+    for got, want in zip(*map(jax.tree.leaves, (restored, state)), strict=True):
+        assert got.dtype == want.dtype and bool(jnp.all(got == want))
+
+
+def test_a_best_metric_that_is_no_number_is_none(tmp_path):
+    with contextlib.closing(ss.Checkpoints(tmp_path, keep=1, best="loss")) as checkpoints:
+        for step, loss in ((1, np.nan), (2, 1.0), (3, 2.0)):
+            checkpoints.save(state_at(step), {"loss": loss})
+    assert {path.stem for path in tmp_path.glob("*.json")} == {"00000002", "00000003"}
 
 
 FULL_DISK = """
@@ -188,7 +222,7 @@ def test_a_folder_that_cannot_be(tmp_path):
         ss.Checkpoints("/proc/none")  # where nobody may write
 
 
-def run(folder, num_steps=60, *, wrap=lambda loss: loss, **options):
+def run(folder, num_steps=60, *, wrap=lambda loss: loss, mesh=None, **options):
     """Ordinary least squares of a line, trained."""
     x = jax.random.normal(jax.random.key(0), (64, 3))
     data = (x, x @ jnp.array([1.0, -2.0, 0.5]))
@@ -201,6 +235,8 @@ def run(folder, num_steps=60, *, wrap=lambda loss: loss, **options):
     defaults = {"save_every": 20, "log_every": 10, "report": None, "config": {"a": 1}}
     arguments = {"num_steps": num_steps, "folder": folder} | defaults | options
     params = {"w": jnp.zeros(3)}
+    if mesh is not None:
+        params, batches = ss.replicate(params, mesh), ss.shard_batches(batches, mesh)
     return ss.train(jax.random.key(2), wrap(loss), params, OPTIMIZER, batches, **arguments)
 
 
@@ -220,9 +256,10 @@ def test_a_run_in_parts_is_the_run(tmp_path):
     assert last[0]["loss"] == last[1]["loss"] and last[0]["grad_norm"] == last[1]["grad_norm"]
 
 
-def test_two_thousand_steps_neither_grow_nor_compile(tmp_path):
+@pytest.mark.parametrize("mesh", [None, ss.make_mesh()], ids=["free", "mesh"])
+def test_two_thousand_steps_neither_grow_nor_compile(mesh, tmp_path, caplog):
     """From the fifth row on: arrays on the device, and (within 8 MiB, of an allocator) the
-    process's peak memory; one trace of the loss in all, a shorter last row included.
+    process's peak memory; one trace and one compilation in all, a shorter last row included.
     """
     seen = []
 
@@ -232,8 +269,11 @@ def test_two_thousand_steps_neither_grow_nor_compile(tmp_path):
         return {}
 
     options = {"save_every": 200, "log_every": 100, "evaluate": look, "evaluate_every": 100}
-    run(tmp_path, 2_010, wrap=partial(chex.assert_max_traces, n=1), **options)
+    with jax.log_compiles(True):
+        run(tmp_path, 2_010, wrap=partial(chex.assert_max_traces, n=1), mesh=mesh, **options)
     chex.clear_trace_counter()
+    compiled = [r for r in caplog.records if r.getMessage().startswith("Compiling jit(_run_many)")]
+    assert len(compiled) == 1
     arrays, peak = np.transpose(seen[4:])
     assert len(seen) == 21 and np.ptp(arrays) == 0 and peak[-1] - peak[0] < 8
 
@@ -274,6 +314,42 @@ def test_resume_as_asked(tmp_path):
     with pytest.raises(ArgumentError, match="`save_every` must be a multiple of log_every=10"):
         run(tmp_path, save_every=15)
     assert int(run(tmp_path, 40, resume=True).step) == 40
+    with pytest.raises(ArgumentError, match="`num_steps` must be at least the 40 of the check"):
+        run(tmp_path, 20)
+
+
+BAD_RUNS = {
+    "log_every": ({"log_every": 0}, "`log_every` must be a Python integer"),
+    "evaluate_every": ({"evaluate": lambda state: {}, "evaluate_every": 15}, "`evaluate_every`"),
+    "batches": ({"feed": np.ones(3)}, "`batches` must be a function from step to batch, or"),
+    "best": ({"best": "bits"}, "`best` must be among the metrics.*'loss_running'.*got 'bits'"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_RUNS)
+def test_bad_runs(name, tmp_path):
+    options, words = BAD_RUNS[name]
+    with pytest.raises(ArgumentError, match=words):
+        run(tmp_path, 20, **options)
+
+
+def test_a_second_run_in_the_folder_is_refused(tmp_path):
+    def evaluate(state):
+        with pytest.raises(ArgumentError, match="`folder` must not be that of another run"):
+            run(tmp_path, 20)
+        return {"evaluated": jnp.float32(1.0)}
+
+    run(tmp_path, 20, evaluate=evaluate, evaluate_every=20, save_every=10_000)
+    row = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert row["evaluated"] == 1.0
+
+
+def test_a_line_that_is_no_row_is_told(tmp_path):
+    run(tmp_path, 20)
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b"\xff\n" + path.read_bytes())
+    with pytest.raises(ArgumentError, match="its line 1 is not"):
+        run(tmp_path, 40)
 
 
 def test_a_signal_ends_the_run_after_its_row(tmp_path, capsys):
@@ -296,7 +372,9 @@ def test_a_signal_ends_the_run_after_its_row(tmp_path, capsys):
 def test_a_loss_that_is_not_finite_is_never_saved(tmp_path):
     x = jnp.where(jnp.arange(64)[:, None] == 5, 1e30, 1.0) * jnp.ones((64, 3))
     loss = lambda params, key, batch: jnp.sum((batch @ params["w"]) ** 2) * 1e10  # noqa: E731
-    with pytest.raises(FloatingPointError, match=r"at step \d+, and params\['w'\] is not finite"):
+    with pytest.raises(
+        FloatingPointError, match=r"at step \d+.*, and params\['w'\] is not finite"
+    ):
         ss.train(
             jax.random.key(2),
             loss,
@@ -309,6 +387,16 @@ def test_a_loss_that_is_not_finite_is_never_saved(tmp_path):
             log_every=10,
             report=None,
         )
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_a_gradient_that_is_not_finite_is_never_saved(tmp_path):
+    """Of √Σw² at 0: its loss is 0."""
+    loss = lambda params, key, batch: jnp.sqrt(jnp.sum(params["w"] ** 2))  # noqa: E731
+    options = {"num_steps": 1, "save_every": 1, "log_every": 1, "folder": tmp_path}
+    params, batches = {"w": jnp.zeros(3)}, ss.data.batches(jax.random.key(1), jnp.ones((9, 1)), 3)
+    with pytest.raises(FloatingPointError, match="loss is 0.0 at step 0, its gradient's norm nan"):
+        ss.train(jax.random.key(2), loss, params, optax.sgd(0.1), batches, **options)
     assert not list((tmp_path / "checkpoints").iterdir())
 
 

@@ -92,7 +92,14 @@ def test_results_on_disk_are_made_once(tmp_path):
     before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     report = lambda done, total, seconds: calls.append((done, total))  # noqa: E731
     ss.map_to_disk(draw, keys, 2.0, **options, progress=report)
+    others = jax.random.split(jax.random.key(1), 11)
+    for arguments in ((keys, 3.0), (others[:5], 2.0), (others, 2.0)):
+        with pytest.raises(ValueError, match="`folder` must hold results of the same `xs`"):
+            ss.map_to_disk(draw, *arguments, **options)
+    with pytest.raises(ValueError, match="`fn` must return one array"):
+        pair = lambda key, scale: (scale, scale)  # noqa: E731
+        ss.map_to_disk(pair, keys, 2.0, folder=tmp_path / "pairs", chunk_size=4)
     after = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
-    assert before.items() <= after.items() and len(after) == 3
+    assert before.items() <= after.items() and len(after) == 5  # with index.json and pairs
     assert calls == [(4, 11), (8, 11), (11, 11)]
     np.testing.assert_array_equal(ss.load_chunks(tmp_path, 11), expected)

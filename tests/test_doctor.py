@@ -21,6 +21,7 @@ DATA = np.asarray(ss.data.eight_gaussians(jax.random.key(0), 500))
         (ss.VP(beta_max=3.0), 1.0, None, ["The prior is off by up to"]),
         (ss.VP(), 128.0, None, ["The prior is off", "this SDE expects about 1"]),
         (ss.VP(t0=0.1), 1.0, None, ["The least noise"]),
+        (ss.VP(), 0.0, None, ["this SDE expects about 1", "around 0", "are constant"]),
         (ss.VP(), 1.0, 5.0, ["sigma_data = 5 should be the data's standard deviation"]),
     ],
 )
@@ -28,6 +29,12 @@ def test_advice(sde, scale, sigma_data, words):
     advice = doctor.check_setup(sde, scale * DATA, sigma_data=sigma_data)
     assert len(advice) == len(words), advice
     assert all(word in line for word, line in zip(words, advice, strict=True)), advice
+
+
+def test_images_that_were_not_centred_are_told():
+    images = np.asarray(ss.data.digits().test.images) / 16.0
+    assert any("centre them" in line for line in doctor.check_setup(ss.VP(), images))
+    assert not doctor.check_setup(ss.VP(), 2.0 * images - 1.0)
 
 
 def test_the_bound_of_the_prior_mismatch_is_the_formula():

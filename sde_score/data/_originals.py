@@ -9,6 +9,7 @@ header claims is neither believed nor allocated.
 import contextlib
 import gzip
 import io
+import lzma
 import re
 import tarfile
 import zipfile
@@ -26,6 +27,7 @@ Examples = Iterator[tuple[int | str, dict[str, Any]]]
 Splits = tuple[tuple, dict[str, Examples]]
 PARTITION = "list_eval_partition.txt"
 _BROKEN = (OSError, EOFError, zlib.error, tarfile.TarError, zipfile.BadZipFile, RuntimeError)
+_BROKEN += (lzma.LZMAError, SyntaxError)  # the latter Pillow's, of a broken PNG file
 _RECORD = 1 + 3 * 32 * 32  # bytes of CIFAR-10: a label and three colour planes
 
 
@@ -76,7 +78,8 @@ def _idx(raw: Path, prefix: str) -> Examples:
     path, label_path = (raw / f"{prefix}-{n}-ubyte.gz" for n in ("images-idx3", "labels-idx1"))
     with _reading(path), gzip.open(path) as images, gzip.open(label_path) as labels:
         magic, num, *sides = np.frombuffer(_take(images, 16), ">u4").tolist()
-        _require([magic, *sides] == [2051, 28, 28], f"its header has {magic}, {sides}")
+        ok = [magic, *sides] == [2051, 28, 28] and num <= 60_000
+        _require(ok, f"its header has {magic}, {num}, {sides}")
         with _reading(label_path):
             header = np.frombuffer(_take(labels, 8), ">u4").tolist()
             _require(header == [2049, num], f"its header has {header}, not {[2049, num]}")

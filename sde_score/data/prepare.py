@@ -144,7 +144,8 @@ def _counted(examples: _originals.Examples, split: str, want: int | None) -> _or
 
 def _check_files(raw: Path, files: dict[str, tuple[str, str]], verify: bool) -> None:
     missing = [name for name in files if not (raw / name).is_file()]
-    if not raw.is_dir() or set(missing) - {_originals.PARTITION}:
+    optional = set() if verify else {_originals.PARTITION}
+    if not raw.is_dir() or set(missing) - optional:
         lines = [f"  {name}, MD5 {files[name][0]}, from {files[name][1]}" for name in missing]
         raise ArgumentError("\n".join([f"{raw} must be a folder with", *(lines or ["  images"])]))
     for name in set(files) - set(missing) if verify else ():

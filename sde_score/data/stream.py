@@ -74,6 +74,11 @@ class Stream:
         self._ahead = {(stop, 2 * stop - start): self._read(stop, 2 * stop - start)}
         return Partial(_batch, stacks, np.int32(start))
 
+    def close(self) -> None:
+        """Stop to read ahead."""
+        for pool in (self._stacker, self._readers):
+            pool.shutdown(wait=False, cancel_futures=True)
+
     def _read(self, start: int, stop: int) -> Future:
         return self._stacker.submit(self._stack, start, stop, self._length)
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array
 
 from sde_score import _checks
@@ -32,6 +33,11 @@ class Layers(NamedTuple):
     def norm(self, channels: int, name: str) -> nn.GroupNorm:
         """Of one image: left alone, Linen takes the first axis for a batch."""
         groups = min(channels // 4, 32) if self.groups is None else self.groups
+        if channels % max(groups, 1):
+            raise _checks.ArgumentError(
+                f"`groups` must divide the channels; got {groups} with {channels} channels. None "
+                "means min(channels/4, 32): take widths of which that is a divisor."
+            )
         axes = (-3, -2, -1)
         return nn.GroupNorm(
             groups, epsilon=self.epsilon, reduction_axes=axes, dtype=self.dtype, name=name
@@ -77,10 +83,13 @@ class ResidualBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """x + dense(attention(norm(x))) over all pixels, in heads of `head_dim` channels."""
+    """x + dense(attention(norm(x))) over all pixels, in heads of `head_dim` channels; `fused` as
+    in `UNet`.
+    """
 
     layers: Layers
     head_dim: int | None
+    fused: bool = False
 
     @nn.compact
     def __call__(self, x: Image) -> Image:
@@ -95,7 +104,11 @@ class AttentionBlock(nn.Module):
         heads = lambda name: layers.dense(channels, name, 0.1)(h).reshape(  # noqa: E731
             len(h), -1, head_dim
         )
-        h = jax.nn.dot_product_attention(heads("query"), heads("key"), heads("value"))
+        query, key, value = map(heads, ("query", "key", "value"))
+        fits = head_dim % 8 == 0 and head_dim <= 256 and query.dtype in (jnp.bfloat16, jnp.float16)
+        fused = self.fused and fits and jax.default_backend() == "gpu"
+        implementation = "cudnn" if fused else None
+        h = jax.nn.dot_product_attention(query, key, value, implementation=implementation)
         h = layers.dense(channels, "out", layers.init_scale)(h.reshape(x.shape))
         return layers.join(x, h)
 

@@ -49,7 +49,10 @@ class UNet(nn.Module):
     `groups` None means min(channels/4, 32); `fir_kernel` None nearest neighbours and averages;
     `attention_head_dim` None a single head. `biggan` blocks resample inside. With `remat` each
     residual block is computed again in the backward pass. Parameters are float32, computed in
-    `dtype`, the norms' statistics and the softmax in float32.
+    `dtype`, the norms' statistics and the softmax in float32. `fused_attention` takes cuDNN's
+    kernel on a GPU where `dtype` is of half precision and the heads have at most 256 channels (128
+    before Hopper), a multiple of 8, else XLA's as always: that kernel has gradients but no forward
+    mode, which likelihoods by `jax.jvp` need.
     """
 
     width: int = 128
@@ -81,6 +84,7 @@ class UNet(nn.Module):
     activation: Callable[[Array], Array] = nn.swish
     dtype: Any = None
     remat: bool = False
+    fused_attention: bool = False
 
     def __post_init__(self) -> None:
         _checks.check_count("width", self.width, 4)
@@ -89,6 +93,11 @@ class UNet(nn.Module):
         _checks.check_count("len(multipliers)", len(self.multipliers))
         for i, multiplier in enumerate(self.multipliers):
             _checks.check_count(f"multipliers[{i}]", multiplier)
+        for name in ("groups", "attention_head_dim", "num_classes"):
+            if (value := getattr(self, name)) is not None:
+                _checks.check_count(name, value)
+        if self.fir_kernel is not None:
+            _checks.check_count("len(fir_kernel)", len(self.fir_kernel))
         for name, value, allowed in (
             ("embedding", self.embedding, ("positional", "fourier")),
             ("progressive_input", self.progressive_input, ("none", "input_skip", "residual")),
@@ -215,7 +224,8 @@ class UNet(nn.Module):
         return layers.conv(features, name, scale)(h)
 
     def _attend(self, name: str, h: Image) -> Image:
-        return AttentionBlock(self._layers(), self.attention_head_dim, name=name)(h)
+        layers, head_dim = self._layers(), self.attention_head_dim
+        return AttentionBlock(layers, head_dim, self.fused_attention, name=name)(h)
 
     def _embed(self, time: Scalar, label: Array | None) -> Array:
         layers = self._layers()
@@ -262,10 +272,10 @@ class UNet(nn.Module):
     def _check(self, x: Any, time_input: Any, context: Context) -> None:
         _checks.check_floating("x", x)
         shape, multiple = jnp.shape(x), 2 ** (len(self.multipliers) - 1)
-        if len(shape) != 3 or shape[0] % multiple or shape[1] % multiple:
+        if len(shape) != 3 or any(n % multiple or not n for n in shape[:2]):
             raise _checks.ArgumentError(
-                f"`x` must be one image (H, W, C), H and W multiples of {multiple}; got shape "
-                f"{shape}. For a batch, jax.vmap; else pad, resize or take fewer levels."
+                f"`x` must be one image (H, W, C), H and W positive multiples of {multiple}; got "
+                f"shape {shape}. For a batch, jax.vmap; else pad, resize or take fewer levels."
             )
         if shape[2] != self.channels:
             raise _checks.ArgumentError(

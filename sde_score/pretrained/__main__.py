@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from sde_score.pretrained import diffusers, score_sde
 from sde_score.pretrained.export import save_pretrained
@@ -29,6 +29,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", required=True, help="the safetensors file to write")
     parser.add_argument("--sha256", help="that of the file with the weights, to be verified")
     options = parser.parse_args(arguments)
+    if not Path(options.checkpoint).exists():
+        parser.error(f"{options.checkpoint} does not exist")
     folder = Path(options.checkpoint).is_dir()
     if folder == (options.config is not None):
         parser.error("give --config with a .pth file, and none with a folder")
@@ -36,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
         if folder:
             model = diffusers.load(options.checkpoint, sha256=options.sha256)
         else:
-            config = json.loads(Path(options.config).read_text(encoding="utf-8"))
+            config = _read_json(options.config)
             model = score_sde.load(options.checkpoint, config, sha256=options.sha256)
         save_pretrained(options.out, model)
     except (ValueError, OSError) as error:
@@ -44,6 +46,13 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     print(f"{options.out}: a network over {model.sde} for data in {model.data_range}")
     return 0
+
+
+def _read_json(path: str) -> Any:
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON ({error})") from error
 
 
 if __name__ == "__main__":

@@ -30,27 +30,48 @@ def dense_kernel(shape: tuple[int, ...], *, conv: bool) -> tuple[tuple[int, ...]
     return there, lambda w: w.reshape(w.shape[:2]).T
 
 
-def fill(arrays: Mapping[str, np.ndarray], layout: Mapping[str, Entry]) -> dict[str, Any]:
-    """The variables of a network from a file's arrays, in float32."""
+def check_named(path: Any, arrays: Any, num_blocks: int) -> None:
+    """A dictionary of names, of at least as many as blocks: before a long search in the network."""
+    if not isinstance(arrays, dict) or not all(isinstance(name, str) for name in arrays):
+        raise _checks.ArgumentError(
+            f"`{path}` must hold arrays by their names; got {type(arrays).__name__} of other "
+            "things. Give the file with the parameters."
+        )
+    if num_blocks > len(arrays):
+        raise _checks.ArgumentError(
+            f"`{path}` must hold the parameters of its configuration; got {len(arrays)} arrays for "
+            f"{num_blocks} blocks. Compare the two."
+        )
+
+
+def fill(
+    path: Any, arrays: Mapping[str, np.ndarray], layout: Mapping[str, Entry]
+) -> dict[str, Any]:
+    """The variables of a network from the arrays of the file `path`, in float32, finite."""
     variables: dict[str, Any] = {}
-    for name, (path, _, convert) in layout.items():
+    for name, (place, _, convert) in layout.items():
         node = variables
-        for part in path[:-1]:
+        for part in place[:-1]:
             node = node.setdefault(part, {})
         leaf: Array = jnp.asarray(convert(arrays[name]), jnp.float32)
-        node[path[-1]] = leaf
+        _checks.check_data(f"{name} in {path}", leaf)
+        node[place[-1]] = leaf
     return variables
 
 
 def check_same(path: Any, arrays: Mapping[str, np.ndarray], layout: Mapping[str, Entry]) -> None:
-    """The names and shapes in the file `path` are those of the layout."""
+    """The names and shapes in the file `path` are those of the layout; all are floating point."""
     differences = [f"{n}: missing, of shape {layout[n].shape}" for n in layout if n not in arrays]
     for name, array in arrays.items():
-        if name not in layout:
-            differences.append(f"{name}: unexpected, of shape {np.shape(array)}")
-        elif np.shape(array) != layout[name].shape:
+        if not isinstance(array, np.ndarray):
+            differences.append(f"{name}: {type(array).__name__} instead of an array")
+        elif name not in layout:
+            differences.append(f"{name}: unexpected, of shape {array.shape}")
+        elif array.shape != layout[name].shape:
             want = layout[name].shape
-            differences.append(f"{name}: shape {np.shape(array)} instead of {want}")
+            differences.append(f"{name}: shape {array.shape} instead of {want}")
+        elif not jnp.issubdtype(array.dtype, jnp.floating):
+            differences.append(f"{name}: {array.dtype} instead of floating point")
     if differences:
         shown = "\n  ".join(differences[:5])
         raise _checks.ArgumentError(

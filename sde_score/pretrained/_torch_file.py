@@ -210,14 +210,16 @@ def _run(pickle: Any, storages: _Storages) -> Any:
 
 
 class _Bounded:
-    """A file that gives at most `limit` bytes at a time: a zip's directory is read at once."""
+    """A file that gives at most `limit` bytes at a time, and sets no more aside: a zip's directory
+    is read at once, and so is whatever length an opcode claims.
+    """
 
     def __init__(self, file: BinaryIO, limit: int) -> None:
         self.file, self.limit = file, limit
 
     def read(self, size: int = -1) -> bytes:
         if size > self.limit:
-            raise ValueError(f"a directory of more than {self.limit} bytes")
+            raise ValueError(f"{size} bytes at once, of {self.limit} at most")
         return self.file.read(size if size >= 0 else self.limit)
 
     def __getattr__(self, name: str) -> Any:
@@ -251,6 +253,7 @@ def _read_zip(file: BinaryIO, size: int, max_bytes: int) -> Any:
 
 def _read_stream(file: Any, size: int, max_bytes: int) -> Any:
     # The numbers follow the pickles: the arrays are filled last.
+    file = _Bounded(file, size)
     storages = _Storages(lambda _, dtype, count: np.empty(count, dtype), size, max_bytes)
     if _run(file, storages) != _MAGIC or _run(file, storages) != 1001:
         raise ValueError("neither a zip file nor one of torch before 1.6")

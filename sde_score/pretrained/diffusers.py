@@ -21,7 +21,15 @@ from sde_score._typing import SDE, Params, Scalar, bind
 from sde_score.nets.presets import FIR_KERNEL
 from sde_score.nets.unet import UNet
 from sde_score.parameterization import score_from_noise
-from sde_score.pretrained._layout import Entry, check_same, conv_kernel, dense_kernel, fill
+from sde_score.pretrained._layout import (
+    Entry,
+    check_depth,
+    check_named,
+    check_same,
+    conv_kernel,
+    dense_kernel,
+    fill,
+)
 from sde_score.pretrained._torch_file import read_pth, read_safetensors
 from sde_score.pretrained.score_sde import Pretrained, _ve_score
 from sde_score.sde import VE, VP
@@ -29,8 +37,14 @@ from sde_score.sde import VE, VP
 # What must be as it is here, where a folder says anything of it: nothing else is published.
 FIXED = {"resnet_time_scale_shift": "default", "downsample_type": "conv", "upsample_type": "conv"}
 FIXED |= {"mid_block_type": "UNetMidBlock2D", "add_attention": True, "attn_norm_num_groups": None}
-FIXED |= {"class_embed_type": None, "num_class_embeds": None, "time_embedding_dim": None}
+FIXED |= {
+    "_class_name": "UNet2DModel",
+    "class_embed_type": None,
+    "num_class_embeds": None,
+    "time_embedding_dim": None,
+}
 FIXED_SCHEDULE = {"beta_schedule": "linear", "trained_betas": None, "prediction_type": "epsilon"}
+FIXED_SCHEDULE |= {"rescale_betas_zero_snr": False}
 ACTIVATIONS = {"silu": nn.silu, "swish": nn.silu, "relu": nn.relu}
 # What a module of ours, or a part of one, is called there.
 MODULES = {"embed_0": "time_embedding.linear_1", "embed_1": "time_embedding.linear_2"}
@@ -56,25 +70,31 @@ def load(folder: str | os.PathLike, *, sha256: str | None = None, dtype: Any = N
     """
     root = Path(folder)
     home = root / "unet" if (root / "unet").is_dir() else root
+    weights, read = home / "diffusion_pytorch_model.safetensors", read_safetensors
+    if not weights.exists():
+        weights, read = weights.with_suffix(".bin"), read_pth
     try:
-        net = _network(_read_json(home / "config.json"), dtype)
+        config = _read_json(home / "config.json")
+        net, shape = _network(config, dtype), config.get("sample_size")
+        if shape is not None:
+            shape = (*((shape, shape) if isinstance(shape, int) else shape), net.channels)
+            _checks.check_event_shape(shape)
         sde, levels = _schedule(_read_json(_scheduler(root, home)), net)
-    except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        variables = _variables(read(weights, sha256=sha256), net, weights)
+    except _checks.ArgumentError:
+        raise
+    except Exception as error:  # whatever a foreign configuration leads to
         raise _checks.ArgumentError(
             f"`folder` must hold the configurations of a UNet2DModel and its scheduler; got {root}"
             f" ({type(error).__name__}: {error}). Compare with those of google/ddpm-cifar10-32."
         ) from error
-    weights, read = home / "diffusion_pytorch_model.safetensors", read_safetensors
-    if not weights.exists():
-        weights, read = weights.with_suffix(".bin"), read_pth
-    variables = _variables(read(weights, sha256=sha256), net, weights)
     net_fn = bind(net.apply, variables)
     if isinstance(sde, VE):
         score_fn, data_range = bind(_ve_score, sde, net_fn, None), (0.0, 1.0)
     else:
         noise_fn = bind(_noise_at_step, sde, net_fn, levels)
         score_fn, data_range = score_from_noise(sde, noise_fn), (-1.0, 1.0)
-    return Pretrained(net, variables, sde, data_range, score_fn, net_fn)
+    return Pretrained(net, variables, sde, data_range, score_fn, net_fn, shape)
 
 
 def _scheduler(root: Path, home: Path) -> Path:
@@ -111,6 +131,7 @@ def _network(config: Mapping[str, Any], dtype: Any) -> UNet:
     scale, factor = 2**0.5 if skip else 1.0, config["mid_block_scale_factor"]
     multipliers = [c // channels[0] for c in channels]
     expected = {
+        "len(down_block_types)": len(channels),
         "up_block_types": [f"{'Attn' * attended}{skip}UpBlock2D" for attended in attends[::-1]],
         "block_out_channels": [m * channels[0] for m in multipliers],
         "out_channels": 3 if skip else config["in_channels"],
@@ -118,8 +139,9 @@ def _network(config: Mapping[str, Any], dtype: Any) -> UNet:
         "time_embedding_type": "fourier" if skip else "positional",
         "mid_block_scale_factor": factor if math.isclose(factor, scale, rel_tol=1e-6) else scale,
         "norm_num_groups": None if skip else config["norm_num_groups"],
+        "center_input_sample": config["center_input_sample"] if skip else False,
     }
-    _require(config, FIXED | expected)
+    _require({**config, "len(down_block_types)": len(down)}, FIXED | expected)
     if skip and any(c < 128 for c, attended in zip(channels, attends, strict=True) if attended):
         raise _checks.ArgumentError(
             f"`block_out_channels` must be at least 128 where there is attention; got {channels}. "
@@ -161,6 +183,8 @@ def _schedule(config: Mapping[str, Any], net: UNet) -> tuple[SDE, Array | None]:
     num, low, high = config["num_train_timesteps"], config["beta_start"], config["beta_end"]
     if not 1 < num <= 100_000:
         raise OverflowError(f"num_train_timesteps of {num}")
+    if not (0.0 < low < 1.0 and 0.0 < high < 1.0):
+        raise OverflowError(f"beta_start and beta_end of {low} and {high}, not between 0 and 1")
     levels = np.cumsum(-np.log1p(-np.linspace(low, high, num)))  # alpha² = e^−levels
     low, high, first = num * low, num * high, float(levels[0])
     # int_beta(t0) = first, by the stable root of the quadratic equation:
@@ -174,17 +198,14 @@ def _noise_at_step(sde: VP, net_fn: Callable, levels: Array, x: Array, t: Scalar
 
 
 def _variables(file: Any, net: UNet, path: Path) -> Params:
+    check_named(path, file)
     parts = ([OLD_PARTS.get(part) or part for part in name.split(".")] for name in file)
     arrays = dict(zip(map(".".join, parts), file.values(), strict=True))
     arrays.pop("time_proj.W", None)  # time_proj.weight again, in files of early versions
-    if net.num_blocks * len(net.multipliers) > len(arrays):  # before a long search
-        raise _checks.ArgumentError(
-            f"`{path}` must hold the parameters of its configuration; got {len(arrays)} arrays "
-            f"for {len(net.multipliers)} levels of {net.num_blocks} blocks. Compare the two."
-        )
+    check_depth(path, net.num_blocks * len(net.multipliers), len(arrays))
     layout = _layout(net)
     check_same(path, arrays, layout)
-    return fill(arrays, layout)
+    return fill(path, arrays, layout)
 
 
 def _layout(net: UNet) -> dict[str, Entry]:

@@ -5,6 +5,8 @@ imported or called for it.
 """
 
 import dataclasses
+import hashlib
+import json
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -20,6 +22,7 @@ from sde_score._typing import Params, bind
 from sde_score.nets.mlp import MLP
 from sde_score.nets.unet import Context, UNet
 from sde_score.pretrained import diffusers, score_sde
+from sde_score.pretrained._layout import check_depth
 from sde_score.pretrained._torch_file import open_verified
 from sde_score.pretrained.score_sde import Pretrained
 from sde_score.sde import VE, VP, SubVP
@@ -49,13 +52,25 @@ def save_pretrained(path: str | os.PathLike, pretrained: Pretrained) -> None:
 
     The network is a `UNet` or `MLP` over VP, sub-VP or VE; `score_fn` and `net_fn` are made of
     its `apply`, `params` and the functions of `sde_score.parameterization`, or come from a loader
-    here.
+    here. The file holds a digest of its arrays and metadata, by which damage is found.
     """
+    _checks.check_data("pretrained.params", pretrained.params, _checks.CONVERT)
     arrays: dict[str, Any] = {}
     metadata = {name: _describe(getattr(pretrained, name), pretrained, arrays) for name in _MADE}
     metadata |= {"net": _fields(pretrained.net), "sde": _fields(pretrained.sde)}
     metadata["data_range"] = [float(end) for end in pretrained.data_range]
-    save_params(path, {"params": pretrained.params, "arrays": arrays}, metadata)
+    metadata["shape"] = pretrained.shape
+    tree = {"params": pretrained.params, "arrays": arrays}
+    save_params(path, tree, metadata | {"sha256": _digest(tree, metadata)})
+
+
+def _digest(tree: Params, metadata: Any) -> str:
+    """The SHA-256 of arrays, with their names, dtypes and shapes, and of JSON."""
+    found = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    for name, leaf in sorted(named_leaves(tree).items()):
+        found.update(f"{name} {leaf.dtype} {leaf.shape}".encode())
+        found.update(np.asarray(leaf).tobytes())
+    return found.hexdigest()
 
 
 def load_pretrained(
@@ -67,10 +82,19 @@ def load_pretrained(
     try:
         with open_verified(path, max_bytes, sha256):
             tree, metadata = load_params(path)
+        if metadata.pop("sha256") != _digest(tree, metadata):
+            raise ValueError("it is damaged: its SHA-256 is not the one that it holds")
         net, sde = _made(metadata["net"]), _made(metadata["sde"])
-        check_same(path, named_leaves(tree["params"]), _wanted(net, tree["params"]))
+        got = named_leaves(tree["params"])
+        blocks = net.num_blocks * len(net.multipliers) if isinstance(net, UNet) else net.depth
+        check_depth(path, blocks, len(got))
+        check_same(path, got, _wanted(net, tree["params"]))
         parts = {"net": bind(net.apply, tree["params"]), **tree.get("arrays", {})}
+        _checks.check_data(f"{path}", tree["params"], _checks.CONVERT)
         low, high = metadata["data_range"]
+        if (shape := metadata["shape"]) is not None:
+            shape = tuple(shape)
+            _checks.check_event_shape(shape)
         functions = [_restore(metadata[name], parts) for name in _MADE]
     except _checks.ArgumentError:
         raise
@@ -79,7 +103,7 @@ def load_pretrained(
             f"`path` must be a file of save_pretrained; got {os.fspath(path)} "
             f"({type(error).__name__}: {error}). For parameters alone take load_params."
         ) from error
-    return Pretrained(net, tree["params"], sde, (low, high), *functions)
+    return Pretrained(net, tree["params"], sde, (low, high), *functions, shape)
 
 
 def _wanted(net: UNet | MLP, params: Params) -> dict[str, Any]:

@@ -18,7 +18,15 @@ from jaxtyping import Array
 from sde_score import _checks
 from sde_score._typing import SDE, Params, Scalar, ScoreFn, bind
 from sde_score.nets.unet import UNet
-from sde_score.pretrained._layout import Entry, check_same, conv_kernel, dense_kernel, fill
+from sde_score.pretrained._layout import (
+    Entry,
+    check_depth,
+    check_named,
+    check_same,
+    conv_kernel,
+    dense_kernel,
+    fill,
+)
 from sde_score.pretrained._torch_file import read_pth
 from sde_score.sde import VE, VP, SubVP
 
@@ -27,7 +35,8 @@ class Pretrained(NamedTuple):
     """A published model: `net.apply(params, x, time_input)` on images in `data_range`.
 
     `score_fn(x, t)` is its score over `sde`, `net_fn(x, time_input)` the published network; both
-    take one image (H, W, C) and are pytrees.
+    take one image (H, W, C) and are pytrees. `shape` is that of the images it was trained on, where
+    that is known.
     """
 
     net: UNet
@@ -36,6 +45,7 @@ class Pretrained(NamedTuple):
     data_range: tuple[float, float]
     score_fn: ScoreFn
     net_fn: Callable[[Array, Scalar], Array]
+    shape: tuple[int, ...] | None = None
 
 
 _TABLES = {  # what a field of the configuration may say
@@ -70,18 +80,24 @@ def load(
     jnp.bfloat16. A file whose parameters are not those of the configuration is refused.
     """
     try:
+        size = config["image_size"]
+        _checks.check_count("config['image_size']", size)
         net, sde = _network(config, dtype), _sde(config)
-        layout = _layout(net, config["image_size"])
-        variables = _variables(read_pth(path, sha256=sha256), layout, path)
+        variables = _variables(read_pth(path, sha256=sha256), net, size, path)
         net_fn = _net_fn(config, net, bind(net.apply, variables))
         data_range = (-1.0, 1.0) if config["centered"] else (0.0, 1.0)
         score_fn = _score_fn(config, sde, net_fn)
-    except KeyError as error:
+    except _checks.ArgumentError:
+        raise
+    except Exception as error:  # whatever a malformed configuration leads to
+        cause = "no field " if isinstance(error, KeyError) else f"{type(error).__name__}: "
         raise _checks.ArgumentError(
-            f"`config` must have the field {error}; got {sorted(config)}. Copy it from the "
-            "published configuration."
+            "`config` must be one flat dictionary of the published fields; got "
+            f"{list(config) if isinstance(config, dict) else type(config).__name__} "
+            f"({cause}{error}). Put those of the published parts model, data and training into one."
         ) from error
-    return Pretrained(net, variables, sde, data_range, score_fn, net_fn)
+    shape = (size, size, net.channels)
+    return Pretrained(net, variables, sde, data_range, score_fn, net_fn, shape)
 
 
 def _network(config: Mapping[str, Any], dtype: Any) -> UNet:
@@ -238,17 +254,20 @@ def _published(part: str, kind: str, shape: tuple[int, ...]) -> tuple:
     return "weight", *dense_kernel(shape, conv=part.startswith("Conv"))
 
 
-def _variables(file: Any, layout: Mapping[str, Entry], path: Any) -> Params:
+def _variables(file: Any, net: UNet, size: int, path: Any) -> Params:
     """The averages, which the file lists in the order of the model's trainable parameters."""
     try:
-        model, averages = file["model"], file["ema"]["shadow_params"]
-    except (KeyError, TypeError) as error:
+        model, averages = file["model"], list(file["ema"]["shadow_params"])
+    except (LookupError, TypeError) as error:
         raise _checks.ArgumentError(
             f"`{path}` must hold 'model' and 'ema' with 'shadow_params'; {error} failed. Give a "
             "checkpoint of score SDE's training."
         ) from error
+    check_named(path, model)
     arrays = {name.removeprefix("module."): array for name, array in model.items()}
     arrays.pop("sigmas", None)
+    check_depth(path, net.num_blocks * len(net.multipliers), len(arrays))
+    layout = _layout(net, size)
     check_same(path, arrays, layout)
     names = [name for name in arrays if layout[name].path[0] == "params"]
     if len(averages) != len(names):
@@ -257,5 +276,6 @@ def _variables(file: Any, layout: Mapping[str, Entry], path: Any) -> Params:
             f"{len(averages)}. It may be damaged, or of other code."
         )
     arrays |= dict(zip(names, averages, strict=True))
+    check_named(path, arrays)
     check_same(path, arrays, layout)
-    return fill(arrays, layout)
+    return fill(path, arrays, layout)

@@ -12,7 +12,9 @@ and device of the run. What has no manifest, or another one, is no checkpoint.
 import contextlib
 import hashlib
 import json
+import math
 import os
+import re
 import shutil
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -64,7 +66,7 @@ class Checkpoints:
         record = {"step": step, "metrics": metrics or {}, "config": self.config}
         record |= {"versions": {name: version(name) for name in _PACKAGES}, "tree": _tree(state)}
         record["device"] = f"{jax.device_count()} × {jax.devices()[0].device_kind}"
-        _act(path, lambda: self._orbax.save(path, state, force=True))
+        _act(path, lambda: self._orbax.save(path, _plain(state), force=True))
         self._pending = self._thread.submit(self._finish, path, record)
 
     def wait(self) -> None:
@@ -78,41 +80,44 @@ class Checkpoints:
         None in an empty folder. Damaged ones are named in a warning and set aside.
         """
         self.wait()
-        first = jax.process_index() == 0
-        if not first:  # which has then set aside what is damaged
-            _meet()
-        manifest = self._newest(like, first)
-        if first:
-            _meet()
-        if manifest is None:
+        step, refusal = -1, None
+        if jax.process_index() == 0:  # decides for all
+            try:
+                step = self._newest(like)
+            except Exception as error:
+                step, refusal = -2, error
+        if jax.process_count() > 1:
+            step = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
+        if step == -2:
+            elsewhere = _checks.ArgumentError(
+                "The first process could not restore: see there why."
+            )
+            raise refusal or elsewhere
+        if step == -1:
             return None
-        restored = self._orbax.restore(manifest.with_suffix(""), _abstract(like))
-        # Orbax binds every array to its device: those that were free to go along must stay free.
-        return jax.tree.map(
-            lambda new, old: new if old.committed else jnp.asarray(np.asarray(new)), restored, like
-        )
+        restored = self._orbax.restore(self.folder / f"{step:08d}", _abstract(_plain(like)))
+        return jax.tree.map(_like, restored, like)
 
-    def _newest(self, like: TrainState, first: bool) -> Path | None:
-        """The manifest of the newest whole checkpoint."""
-        if first:
-            self._clean()
-        damaged = []
+    def _newest(self, like: TrainState) -> int:
+        """The step of the newest whole checkpoint, or −1; those that are not are set aside."""
+        self._clean()
+        damaged = {}
         for manifest in reversed(self._manifests()):
             record, fault = _verified(manifest)
             if record is None:
-                damaged.append(fault)
-                warnings.warn(f"{fault}: this checkpoint is not restored.", stacklevel=3)
-                if first:
-                    self._set_aside(manifest)
+                damaged[manifest] = fault
                 continue
+            for path, words in damaged.items():
+                warnings.warn(f"{words}: this checkpoint is not restored.", stacklevel=4)
+                self._set_aside(path)
             _check_same(manifest, record, {"config": self.config, "tree": _tree(like)})
-            return manifest
+            return record["step"]
         if damaged:
             raise _checks.ArgumentError(
                 f"`folder` must hold a whole checkpoint; got {self.folder}, where none is: "
-                f"{'; '.join(damaged)}. Start again in another folder."
+                f"{'; '.join(damaged.values())}. Start again in another folder."
             )
-        return None
+        return -1
 
     def close(self) -> None:
         """Wait, and give orbax's threads back."""
@@ -132,8 +137,11 @@ class Checkpoints:
         records = {path: _verified(path, files=False)[0] for path in self._manifests()}
         good = {path: record for path, record in records.items() if record is not None}
         kept = set(sorted(good)[-self.keep :])
+        scores = {path: record["metrics"].get(self.best) for path, record in good.items()}
         scored = {
-            path: r["metrics"][self.best] for path, r in good.items() if self.best in r["metrics"]
+            path: value
+            for path, value in scores.items()
+            if value is not None and math.isfinite(value)
         }
         kept |= {min(scored, key=scored.__getitem__)} if scored else set()
         for path in good.keys() - kept:
@@ -141,14 +149,19 @@ class Checkpoints:
             shutil.rmtree(path.with_suffix(""), ignore_errors=True)
 
     def _manifests(self) -> list[Path]:
-        return sorted(self.folder.glob("[0-9]*.json"))
+        return sorted(p for p in self.folder.glob("*.json") if re.fullmatch(r"\d{8,}", p.stem))
 
     def _clean(self) -> None:
         """Remove what a kill left: folders without a manifest, orbax's unfinished ones."""
         whole = {path.stem for path in self._manifests()}
         for path in self.folder.iterdir():
-            if path.is_dir() and path.name not in whole and path.name[0].isdigit():
-                shutil.rmtree(path, ignore_errors=True)
+            name = re.fullmatch(r"(\d{8,})(\.orbax-checkpoint-tmp.*)?", path.name)
+            if name is None or not path.is_dir() or path.name in whole:
+                continue
+            if name[2] is None:
+                words = "has no manifest: cut short by a kill, or its manifest was deleted"
+                warnings.warn(f"{path} {words}. It is not restored.", stacklevel=5)
+            shutil.rmtree(path, ignore_errors=True)
 
     def _set_aside(self, manifest: Path) -> None:
         for path in (manifest, manifest.with_suffix("")):
@@ -156,12 +169,6 @@ class Checkpoints:
                 aside = path.with_name(f"damaged-{path.name}")
                 shutil.rmtree(aside, ignore_errors=True)
                 os.replace(path, aside)
-
-
-def _meet() -> None:
-    """All processes wait for each other."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("sde_score checkpoint")
 
 
 def _act(path: Path, action: Any) -> None:
@@ -176,7 +183,24 @@ def _act(path: Path, action: Any) -> None:
 
 def _tree(state: Any) -> dict[str, str]:
     leaves, _ = tree_flatten_with_path(state)
-    return {keystr(path): f"{np.dtype(leaf.dtype)}{list(leaf.shape)}" for path, leaf in leaves}
+    return {keystr(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}
+
+
+def _is_key(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _plain(state: Any) -> Any:
+    """With keys, which an optimiser may hold, as the numbers that they are."""
+    return jax.tree.map(lambda x: jax.random.key_data(x) if _is_key(x) else x, state)
+
+
+def _like(new: Any, old: Any) -> Any:
+    """A restored array as in the state to restore."""
+    if _is_key(old):
+        return jax.random.wrap_key_data(jnp.asarray(new), impl=jax.random.key_impl(old))
+    # Orbax binds every array to its device: those that were free to go along must stay free.
+    return new if old.committed else jnp.asarray(np.asarray(new))
 
 
 def _abstract(like: Any) -> Any:
@@ -204,6 +228,8 @@ def _seal(record: dict) -> str:
 def _write_manifest(path: Path, record: dict) -> None:
     """All or nothing, and on the disk before it counts."""
     record = record | {"files": _digests(path)}
+    if not record["files"]:
+        raise OSError(f"{path} has vanished")
     partial = path.with_suffix(".partial")
     with partial.open("w") as file:
         json.dump(record | {"sha256": _seal(record)}, file, indent=1)
@@ -221,7 +247,10 @@ def _verified(manifest: Path, *, files: bool = True) -> tuple[dict | None, str]:
         return None, f"{manifest} is damaged"
     if _seal(record) != seal or f"{record['step']:08d}" != manifest.stem:
         return None, f"{manifest} is damaged"
-    found = _digests(manifest.with_suffix("")) if files else record["files"]
+    try:
+        found = _digests(manifest.with_suffix("")) if files else record["files"]
+    except OSError as error:
+        return None, f"{manifest.with_suffix('')} cannot be read ({error})"
     for name in sorted(found.keys() | record["files"].keys()):
         if found.get(name) != record["files"].get(name):
             fault = "is missing" if name not in found else "is damaged"

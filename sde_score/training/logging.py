@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from sde_score import _checks
+
 Report: TypeAlias = Callable[[int, int, int, float], None]
 """`report(start, stop, num_steps, loss)`: steps start … stop − 1 of num_steps are done, with that
 mean loss.
@@ -37,27 +39,40 @@ class JsonLines:
         self._file = self.path.open("a")
 
     def resume(self, step: int) -> dict[str, Any]:
-        """Drop the rows after `step`, and a line that a kill tore; returns the last row left."""
+        """Drop the rows after `step`, and a last line that a kill tore; returns the last row left.
+        Another line that is no row raises an `ArgumentError`.
+        """
         rows = []
         self._file.close()
-        for line in self.path.read_text().splitlines():
+        lines = self.path.read_bytes().splitlines()
+        for number, line in enumerate(lines, 1):
             try:
                 row = json.loads(line)
-            except ValueError:
-                break
-            if row["step"] > step:
+                after = row["step"] > step
+            except (ValueError, KeyError, TypeError) as error:
+                if number == len(lines):
+                    break
+                raise _checks.ArgumentError(
+                    f"{self.path} must be lines of JSON with a step; its line {number} is not. "
+                    "Mend it, or choose another folder."
+                ) from error
+            if after:
                 break
             rows.append(row)
         partial = self.path.with_name(f".{self.path.name}.partial")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        with partial.open("w") as file:
+            file.write("".join(json.dumps(row) + "\n" for row in rows))
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(partial, self.path)
         self._file = self.path.open("a")
         return rows[-1] if rows else {}
 
     def write(self, row: dict[str, Any]) -> None:
-        """One row, with its "step", handed to the operating system before this returns."""
+        """One row, with its "step", on the disk before this returns."""
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """No more rows."""

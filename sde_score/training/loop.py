@@ -57,8 +57,9 @@ def fit(
     losses = np.empty(num_steps, np.float32)
 
     def settle(start: int, stop: int, metrics: dict[str, Array]) -> None:
-        losses[start:stop] = np.asarray(metrics["loss"])[: stop - start]
-        check_finite(losses[start:stop], start, state.params)
+        found = {name: np.asarray(x)[: stop - start] for name, x in metrics.items()}
+        check_finite(found, start, state.params)
+        losses[start:stop] = found["loss"]
         if report is not None:
             report(start, stop, num_steps, float(losses[start:stop].mean()))
 
@@ -115,15 +116,19 @@ def _run_one(
     return state, {name: jnp.reshape(metrics[name], 1) for name in rows}
 
 
-def check_finite(losses: np.ndarray, start: int, params: Params) -> None:
-    """The losses from step `start` on are numbers; else the leaf of `params` at fault is named."""
-    bad = np.flatnonzero(~np.isfinite(losses))
+def check_finite(metrics: dict[str, np.ndarray], start: int, params: Params) -> None:
+    """The losses and gradients from step `start` on are numbers; else the leaf of `params` at
+    fault is named.
+    """
+    bad = np.flatnonzero(~np.isfinite(metrics["loss"] + metrics["grad_norm"]))
     if bad.size:
         leaves, _ = jax.tree_util.tree_flatten_with_path(params)
         broken = [jax.tree_util.keystr(path) for path, x in leaves if not jnp.isfinite(x).all()]
         first = f", and params{broken[0]} is not finite since" if broken else ""
+        loss, gradient = (metrics[name][bad[0]] for name in ("loss", "grad_norm"))
         raise FloatingPointError(
-            f"The loss is {losses[bad[0]]} at step {start + bad[0]}{first}: training stopped. "
+            f"The loss is {loss} at step {start + bad[0]}, its gradient's norm {gradient}{first}: "
+            "training stopped. "
             "Lower the learning rate, clip the gradients (optax.clip_by_global_norm), or look for "
             "values that are not finite in the data."
         )

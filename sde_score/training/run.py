@@ -6,7 +6,9 @@ a CPU.
 """
 
 import contextlib
+import fcntl
 import os
+import resource as usage
 import shlex
 import signal
 import sys
@@ -71,44 +73,60 @@ def train(
     Where data do not fit on the device, `feed(start, stop)` returns the function from step to
     batch of these steps, in place of `batches`. `config`, JSON, is compared when a run resumes.
     """
-    _check(key, num_steps, save_every, log_every, evaluate_every)
+    _checks.check_key(key)
+    _check_rows(num_steps, log_every, save_every, evaluate_every if evaluate else log_every)
+    if not callable(batches if feed is None else feed):
+        raise _checks.ArgumentError(
+            f"`batches` must be a function from step to batch, or `feed` one of two steps; got "
+            f"{_checks.describe(batches)}. Make one with sde_score.data.batches or stream."
+        )
     folder, size = Path(folder), log_every if scan else 1
     batches = travelling(batches)
     state = init_train_state(params, optimizer)
     step_fn = make_train_step(loss_fn, optimizer, ema_decay=ema_decay, num_parts=num_parts)
     run = make_dispatch(step_fn, size)
-    checkpoints = Checkpoints(folder / "checkpoints", config=config, keep=keep, best=best)
-    with contextlib.closing(checkpoints), _signals() as arrived:
-        state = _start(checkpoints, state, resume)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_alone(folder))
+        checkpoints = Checkpoints(folder / "checkpoints", config=config, keep=keep, best=best)
+        stack.callback(checkpoints.close)
+        arrived = stack.enter_context(_signals())
+        stack.callback(getattr(feed, "close", lambda: None))
+        state = _start(checkpoints, state, resume, num_steps)
         start = int(state.step)
         own = f"-{jax.process_index()}" if jax.process_index() else ""  # each process its files
         logger = JsonLines(folder / f"metrics{own}.jsonl") if logger is None else logger
         speed = JsonLines(folder / f"speed{own}.jsonl")
-        with contextlib.closing(logger), contextlib.closing(speed):
-            speed.resume(start)
-            running = logger.resume(start).get("loss_running")
-            while start < num_steps:
-                clock = time.perf_counter()
-                stop = min(start - start % log_every + log_every, num_steps)
-                some = batches if feed is None else travelling(feed(start, stop))
-                state, found = _steps(run, state, key, some, start, stop, size)
-                check_finite(found["loss"], start, state.params)
-                row = {"step": stop} | {name: float(x.mean()) for name, x in found.items()}
-                running = row["loss"] if running is None else running
-                running = row["loss_running"] = _RUNNING * running + (1 - _RUNNING) * row["loss"]
-                if evaluate is not None and (stop % evaluate_every == 0 or stop == num_steps):
-                    row |= evaluate(state)
-                logger.write(row)  # before the save: no row of a restored step is missing
-                speed.write(_speed(stop, stop - start, num_steps, time.perf_counter() - clock))
-                if report is not None:
-                    report(start, stop, num_steps, row["loss"])
-                number = _agreed(arrived)
-                if number or stop % save_every == 0 or stop == num_steps:
-                    checkpoints.save(state, row)
-                if number and stop < num_steps:
-                    checkpoints.wait()
-                    _give_way(number, stop)
-                start = stop
+        stack.callback(logger.close)
+        stack.callback(speed.close)
+        speed.resume(start)
+        running = logger.resume(start).get("loss_running")
+        while start < num_steps:
+            clock = time.perf_counter()
+            stop = min(start - start % log_every + log_every, num_steps)
+            some = batches if feed is None else travelling(feed(start, stop))
+            state, found = _steps(run, state, key, some, start, stop, size)
+            check_finite(found, start, state.params)
+            seconds = time.perf_counter() - clock
+            row = {"step": stop} | {name: float(x.mean()) for name, x in found.items()}
+            running = row["loss"] if running is None else running
+            running = row["loss_running"] = _RUNNING * running + (1 - _RUNNING) * row["loss"]
+            last = stop == num_steps
+            evaluated = last or stop % evaluate_every == 0
+            if evaluate is not None and evaluated:
+                row |= {name: float(value) for name, value in evaluate(state).items()}
+            if evaluated or evaluate is None:
+                _check_best(best, row)
+            logger.write(row)  # before the save: no row of a restored step is missing
+            speed.write(_speed(some, start, stop, num_steps, seconds))
+            if report is not None:
+                report(start, stop, num_steps, row["loss"])
+            number = _agreed(arrived)
+            if number or last or stop % save_every == 0 or (evaluated and best is not None):
+                checkpoints.save(state, row)
+            if number:
+                checkpoints.wait()
+                _give_way(number, stop)
+            start = stop
     return state
 
 
@@ -133,7 +151,29 @@ def _steps(
     return state, {name: x[: stop - start] for name, x in found.items()}
 
 
-def _start(checkpoints: Checkpoints, state: TrainState, resume: bool | None) -> TrainState:
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """No other run trains in the folder: a second one would take the first one's files away."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if jax.process_index():
+        yield
+        return
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise _checks.ArgumentError(
+                f"`folder` must not be that of another run; got {folder}, where one trains. End "
+                "it first, or choose another folder."
+            ) from error
+        except OSError:  # a file system without locks
+            pass
+        yield
+
+
+def _start(
+    checkpoints: Checkpoints, state: TrainState, resume: bool | None, num_steps: int
+) -> TrainState:
     if resume is False:
         if any(checkpoints.folder.iterdir()):
             raise _checks.ArgumentError(
@@ -146,6 +186,11 @@ def _start(checkpoints: Checkpoints, state: TrainState, resume: bool | None) -> 
         raise _checks.ArgumentError(
             f"`resume` must not be True without a checkpoint; got the folder "
             f"{checkpoints.folder}, which has none. Begin with resume=None."
+        )
+    if restored is not None and int(restored.step) > num_steps:
+        raise _checks.ArgumentError(
+            f"`num_steps` must be at least the {int(restored.step)} of the checkpoint in "
+            f"{checkpoints.folder}; got {num_steps}. Choose another folder."
         )
     return state if restored is None else restored
 
@@ -181,29 +226,33 @@ def _agreed(arrived: list[int]) -> int:
 
 
 def _give_way(number: int, step: int) -> None:
-    main = sys.modules["__main__"].__spec__
-    script = ["-m", main.name.removesuffix(".__main__")] if main else sys.argv[:1]
-    command = shlex.join([sys.executable, *script, *sys.argv[1:]])
+    command = shlex.join(sys.orig_argv)
     name = signal.Signals(number).name
     sys.stderr.write(f"{name}: saved step {step}. Resume with\n  {command}\n")
     raise Preempted(EXIT_PREEMPTED)
 
 
-def _speed(step: int, done: int, num_steps: int, seconds: float) -> dict[str, Any]:
+def _speed(
+    batches: Callable, start: int, stop: int, num_steps: int, seconds: float
+) -> dict[str, Any]:
     stats = jax.local_devices()[0].memory_stats() or {}
-    rate = done / seconds
+    host = usage.getrusage(usage.RUSAGE_SELF).ru_maxrss * 1024  # a CPU's memory
+    rate = (stop - start) / seconds
+    leaves = jax.tree.leaves(jax.eval_shape(batches, np.int32(start)))
+    examples = leaves[0].shape[0] if leaves and leaves[0].ndim else 1
     return {
-        "step": step,
+        "step": stop,
         "time": time.time(),
         "steps_per_second": rate,
-        "eta_seconds": (num_steps - step) / rate,
-        "peak_bytes": stats.get("peak_bytes_in_use"),
+        "samples_per_second": rate * examples,
+        "eta_seconds": (num_steps - stop) / rate,
+        "peak_bytes": stats.get("peak_bytes_in_use", host),
     }
 
 
-def _check(key: Key, num_steps: int, save_every: int, log_every: int, evaluate_every: int) -> None:
-    _checks.check_key(key)
-    _checks.check_count("num_steps", num_steps)
+def _check_rows(num_steps: int, log_every: int, save_every: int, evaluate_every: int) -> None:
+    for name, value in (("num_steps", num_steps), ("log_every", log_every)):
+        _checks.check_count(name, value)
     for name, every in (("save_every", save_every), ("evaluate_every", evaluate_every)):
         _checks.check_count(name, every)
         if every % log_every:
@@ -211,3 +260,10 @@ def _check(key: Key, num_steps: int, save_every: int, log_every: int, evaluate_e
                 f"`{name}` must be a multiple of log_every={log_every}; got {every}. A run is "
                 "saved and evaluated where a row ends."
             )
+
+
+def _check_best(best: str | None, row: dict[str, float]) -> None:
+    if best is not None and best not in row:
+        raise _checks.ArgumentError(
+            f"`best` must be among the metrics, {list(row)}; got {best!r}."
+        )

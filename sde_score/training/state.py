@@ -3,11 +3,14 @@ optimiser.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from sde_score import _checks
@@ -40,7 +43,22 @@ def init_train_state(params: Params, optimizer: optax.GradientTransformation) ->
     opt_state = jax.tree.map(
         jnp.copy, optimizer.init(params)
     )  # some hold the parameters themselves
-    return TrainState(jnp.zeros((), jnp.int32), params, ema_params, opt_state)
+    state = TrainState(jnp.zeros((), jnp.int32), params, ema_params, opt_state)
+    return jax.tree.map(partial(_placed, _mesh_of(params)), state)
+
+
+def _mesh_of(params: Params) -> Any:
+    """The mesh that the parameters were put on, if they were."""
+    leaf = jax.tree.leaves(params)[0]
+    on_mesh = getattr(leaf, "committed", False) and isinstance(leaf.sharding, NamedSharding)
+    return leaf.sharding.mesh if on_mesh else None
+
+
+def _placed(mesh: Any, leaf: Array) -> Array:
+    """On the mesh, as the first step would leave it: else the second step compiled again."""
+    if mesh is None or leaf.committed:
+        return leaf
+    return jax.device_put(np.asarray(leaf), NamedSharding(mesh, PartitionSpec()))
 
 
 def make_train_step(
@@ -55,7 +73,8 @@ def make_train_step(
 
     The average decays by min(ema_decay, (1 + step)/(10 + step)), so that it forgets the initial
     parameters early on. With `num_parts` above 1 the gradient of a batch is the mean over so many
-    parts of it, one at a time in memory, part i with the key fold_in(key, i).
+    parts of it, one at a time in memory, part i, its rows i, i + num_parts, …, with the key
+    fold_in(key, i).
     """
     _checks.check_count("num_parts", num_parts)
     _checks.check_positive("ema_decay", ema_decay, zero=True)
@@ -89,7 +108,9 @@ def _value_and_grad(
             raise _checks.ArgumentError(
                 f"`num_parts` must divide the batch; got {num_parts} for {len(leaf)} examples."
             )
-    parts = jax.tree.map(lambda x: x.reshape(num_parts, -1, *x.shape[1:]), batch)
+    # Of every num_parts-th row: each part of a batch that is cut over devices is cut as well.
+    part = lambda x: jnp.swapaxes(x.reshape(-1, num_parts, *x.shape[1:]), 0, 1)  # noqa: E731
+    parts = jax.tree.map(part, batch)
     first = lambda part: value_and_grad(params, loss_fn, key, part)  # noqa: E731
     shapes = jax.eval_shape(first, jax.tree.map(lambda x: x[0], parts))
     zero = jax.tree.map(lambda like: jnp.zeros(like.shape, like.dtype), shapes)
