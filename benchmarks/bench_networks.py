@@ -2,10 +2,12 @@
 the batch and the dtype; images and FLOP (as XLA counts them) a second, and the memory that the
 compiled program asks for.
 
-The networks are those of CIFAR-10, DDPM++ and NCSN++, on an accelerator; small ones on a CPU. Then
-resampling by slices over depthwise convolutions, on an accelerator training steps in a loop over
-those of a Python loop and, where PyTorch and diffusers can be imported, a training step over that
-of PyTorch's eager UNet2DModel of the same configuration.
+The networks are those of CIFAR-10, DDPM++ and NCSN++, on an accelerator; small ones on a CPU. On
+an accelerator also the share of its bfloat16 rate, the most memory that the process has held until
+then, and training steps in bfloat16 over those in float32. Then resampling by slices over
+depthwise convolutions, on an accelerator training steps in a loop over those of a Python loop and,
+where PyTorch and diffusers can be imported, a training step over that of PyTorch's eager
+UNet2DModel of the same configuration.
 """
 
 import argparse
@@ -33,6 +35,7 @@ NETWORKS = {"ddpmpp": presets.ddpmpp, "ncsnpp": presets.ncsnpp}
 BATCHES = (4, 16) if ON_CPU else (64, 256)
 DTYPES = (jnp.float32,) if ON_CPU else (jnp.float32, jnp.bfloat16)
 SIZE, CHUNK = 32, 10
+PEAKS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}  # bfloat16, dense
 report = partial(_measure.report, cores=len(os.sched_getaffinity(0)))
 UNET2D = {  # of diffusers; "block_out_channels" and "layers_per_block" are the size
     **{"sample_size": SIZE, "in_channels": 3, "out_channels": 3, "norm_num_groups": 32},
@@ -84,7 +87,7 @@ def stepping(step, state, *args):
 
 
 def costs(name, net, batch, dtype, repetitions):
-    """Lines of the three functions, and the training step's measurement."""
+    """Lines of the three functions; returns the training step's measurement."""
     params = initialize(net)
     x = jax.random.normal(jax.random.key(1), (batch, SIZE, SIZE, 3))
     t = jnp.linspace(1.0, 999.0, batch)
@@ -113,7 +116,20 @@ def costs(name, net, batch, dtype, repetitions):
             memory_mib=round(memory / 2**20, 1),
             ratio_to="forward",
             ratio=round(ratio(times[kind], times["forward"]), 3),
+            **device_fields(flops / times[kind].median_s),
         )
+    return times["train_step"]
+
+
+def device_fields(flop_per_s):
+    """The share of the device's rate and its memory, where they are known."""
+    device, fields = jax.devices()[0], {}
+    peak = next((rate for kind, rate in PEAKS.items() if kind in device.device_kind), None)
+    if peak is not None:
+        fields["share_of_bfloat16_peak"] = round(flop_per_s / peak, 4)
+    if (used := (device.memory_stats() or {}).get("peak_bytes_in_use")) is not None:
+        fields["peak_memory_mib"] = round(used / 2**20, 1)
+    return fields
 
 
 def scanned(net, batch, repetitions):
@@ -225,10 +241,15 @@ def main():
     options = parser.parse_args()
     repetitions, size = options.repetitions, SMALL if ON_CPU else {}
     for name in options.networks:
-        for dtype in DTYPES:
-            net = NETWORKS[name](dtype=dtype, **size)
-            for batch in options.batches:
-                costs(name, net, batch, dtype, repetitions)
+        for batch in options.batches:
+            steps = [
+                costs(name, NETWORKS[name](dtype=dtype, **size), batch, dtype, repetitions)
+                for dtype in DTYPES
+            ]
+            if len(steps) > 1:
+                fields = {"dtype": "bfloat16", "batch": batch, "ratio_to": "float32"}
+                found = round(ratio(steps[1], steps[0]), 3)
+                report(f"network_{name}_train_step_dtypes", steps[1], **fields, ratio=found)
     largest = max(options.batches)
     resampling(largest, repetitions)
     if not ON_CPU:  # where convolution gradients in a loop are many times slower

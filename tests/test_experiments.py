@@ -487,16 +487,19 @@ def test_squares_of_pixels_as_channels():
     np.testing.assert_array_equal(got, want)
 
 
+def zero_model():
+    net, sde = ss.nets.UNet(4, (1,), 1, attention_levels=()), ss.VP()
+    x = jax.ShapeDtypeStruct((4, 4, 3), jnp.float32)
+    shapes = jax.eval_shape(net.init, jax.random.key(0), x, 1.0)
+    net_fn = Partial(net.apply, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), shapes))
+    score_fn = ss.score_from_noise(sde, net_fn)
+    return ss.pretrained.Pretrained(net, *net_fn.args, sde, (0.0, 1.0), score_fn, net_fn)
+
+
 @pytest.mark.slow
 def test_a_saved_model_with_a_score_of_zero(tmp_path):
     """Its flow only shrinks: p(x) = (alpha_1/alpha_0)^D N(x alpha_1/alpha_0; 0, sigma_1²)."""
-    net, sde = ss.nets.UNet(4, (1,), 1, attention_levels=()), ss.VP()
-    params = jax.jit(net.init)(jax.random.key(0), jnp.zeros((4, 4, 3)), 1.0)
-    zero = jax.tree.map(jnp.zeros_like, params)
-    score_fn = ss.score_from_noise(sde, Partial(net.apply, zero))
-    model = ss.pretrained.Pretrained(
-        net, zero, sde, (0.0, 1.0), score_fn, Partial(net.apply, zero)
-    )
+    model, sde = zero_model(), ss.VP()
     ss.pretrained.save_pretrained(tmp_path / "zero.safetensors", model)
     images = np.full((3, 4, 4, 3), 200, np.uint8)
     np.save(tmp_path / "images.npy", images)
@@ -523,7 +526,7 @@ def test_a_published_checkpoint(tmp_path):
     config = dataclasses.replace(
         *(pretrained.QUICK,),
         **{"checkpoint": data / "vp_ddpmpp.pth", "config": data / "vp_ddpmpp.json"},
-        **{"image_size": 16, "num_samples": 2, "num_steps": 4, "out": tmp_path},
+        **{"num_samples": 2, "num_steps": 4, "out": tmp_path},
     )
     metrics = pretrained.main(config)
     assert json.loads((tmp_path / "metrics.json").read_text()) == pytest.approx(metrics)
@@ -534,14 +537,23 @@ def test_a_published_checkpoint(tmp_path):
 def test_models_and_images_that_are_not_there(tmp_path):
     (tmp_path / "model.pth").write_bytes(b"")
     np.savez(tmp_path / "images.npz", np.zeros((2, 4, 4), np.uint8))
+    own, images, data = tmp_path / "own.safetensors", tmp_path / "4.npy", ROOT / "tests" / "data"
+    ss.pretrained.save_pretrained(own, zero_model())
+    np.save(images, np.zeros((2, 4, 4, 3), np.uint8))
+    published = {"checkpoint": data / "vp_ddpmpp.pth", "config": data / "vp_ddpmpp.json"}
     for change, words in (
         ({}, "`checkpoint` must be a file or folder; got None"),
         ({"checkpoint": tmp_path / "model.pth"}, "`config` must be given with"),
+        (published | {"sha256": "00"}, "SHA-256 00"),
+        ({"checkpoint": own, "sha256": "00"}, "SHA-256 00"),
+        ({"checkpoint": own}, "`image_size` must be given"),
+        (published | {"images": images}, r"shape .*, \(16, 16, 3\); got \(4, 4, 3\)"),
+        (published | {"images": images, "image_size": 8}, r", \(8, 8, 3\); got \(4, 4, 3\)"),
     ):
         with pytest.raises(ValueError, match=words):
             pretrained.main(dataclasses.replace(pretrained.QUICK, **change))
     with pytest.raises(ValueError, match=r"`images` must be uint8 \[n, H, W, C\].*\[2, 4, 4\]"):
-        pretrained._read(tmp_path / "images.npz")
+        pretrained._read(tmp_path / "images.npz", (4, 4, 1))
 
 
 def test_levels_and_model_values_invert_each_other():

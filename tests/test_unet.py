@@ -167,6 +167,32 @@ def test_attention_in_heads():
     np.testing.assert_allclose(block.apply(params, x), want, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "backend", "want"),
+    [
+        ("bfloat16", 8, "gpu", "cudnn"),
+        ("float16", 16, "gpu", "cudnn"),
+        ("bfloat16", 8, "cpu", None),
+        (None, 8, "gpu", None),
+        ("bfloat16", 4, "gpu", None),
+    ],
+)
+def test_the_fused_kernel_is_taken_where_it_can_be(dtype, head_dim, backend, want, monkeypatch):
+    """Only where asked for, and cuDNN has it."""
+    taken, attention = [], jax.nn.dot_product_attention
+
+    def recorded(*args, implementation):
+        taken.append(implementation)
+        return attention(*args)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", recorded)
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    for fused in (False, True):
+        options = {"attention_head_dim": head_dim, "dtype": dtype, "fused_attention": fused}
+        shapes(UNet(**SMALL | {"width": 16}, **options), (2, 2, 3))
+    assert taken == [None, want]  # that in the middle
+
+
 SMALL = {
     "width": 8,
     "multipliers": (1,),
@@ -264,6 +290,7 @@ def call(shape=(8, 8, 3), t=0.7, context=None, dtype=jnp.float32, **options):
 BAD = {
     "size": (lambda: call((8, 7, 3)), r"`x` must be one image.*multiples of 2; got shape \(8, 7"),
     "batch": (lambda: call((5, 8, 8, 3)), "`x` must be one image.*For a batch, jax.vmap"),
+    "no rows": (lambda: call((0, 8, 3)), r"`x` must be one image.*positive multiples of 2; got"),
     "channels": (lambda: call((4, 8, 8)), r"`x` must have 3 channels.*\(4, 8, 8\).*moveaxis"),
     "integers": (lambda: call(dtype=int), "`x` must be floating point; got int32"),
     "times": (lambda: call(t=jnp.ones(2)), r"`time_input` must have shape \(\); got \(2,\)"),
@@ -286,6 +313,15 @@ BAD = {
     "dropout": (lambda: UNet(dropout=1.0), "`dropout` must be at least 0 and below 1; got 1.0"),
     "level": (lambda: UNet(attention_levels=(4,)), r"`attention_levels` must be.*0 to 3; got \(4"),
     "heads": (lambda: call(attention_head_dim=3), "`attention_head_dim` must divide.*got 3 with"),
+    "groups that divide not": (
+        lambda: call(groups=3),
+        "`groups` must divide the channels; got 3 with 8 channels",
+    ),
+    **{
+        name: (lambda name=name: UNet(**{name: 0}), f"`{name}`.*at least 1; got 0")
+        for name in ("groups", "attention_head_dim", "num_classes")
+    },
+    "taps": (lambda: UNet(fir_kernel=()), r"`len\(fir_kernel\)`.*at least 1; got 0"),
     "width": (lambda: UNet(width=0), "`width`.*at least 4; got 0"),
     "multiplier": (lambda: UNet(multipliers=(1, 0)), r"`multipliers\[1\]`.*at least 1; got 0"),
     "blocks": (lambda: UNet(num_blocks=0), "`num_blocks`.*at least 1; got 0"),

@@ -31,7 +31,7 @@ def dense_kernel(shape: tuple[int, ...], *, conv: bool) -> tuple[tuple[int, ...]
 
 
 def check_named(path: Any, arrays: Any, num_blocks: int) -> None:
-    """A dictionary of names, of at least as many as blocks: before a long search in the network."""
+    """A dictionary by names, of as many as blocks or more: before a long search for each."""
     if not isinstance(arrays, dict) or not all(isinstance(name, str) for name in arrays):
         raise _checks.ArgumentError(
             f"`{path}` must hold arrays by their names; got {type(arrays).__name__} of other "
@@ -39,8 +39,8 @@ def check_named(path: Any, arrays: Any, num_blocks: int) -> None:
         )
     if num_blocks > len(arrays):
         raise _checks.ArgumentError(
-            f"`{path}` must hold the parameters of its configuration; got {len(arrays)} arrays for "
-            f"{num_blocks} blocks. Compare the two."
+            f"`{path}` must hold the parameters of its configuration; got {len(arrays)} arrays "
+            f"for {num_blocks} blocks. Compare the two."
         )
 
 

@@ -23,7 +23,6 @@ from sde_score.nets.unet import UNet
 from sde_score.parameterization import score_from_noise
 from sde_score.pretrained._layout import (
     Entry,
-    check_depth,
     check_named,
     check_same,
     conv_kernel,
@@ -37,12 +36,8 @@ from sde_score.sde import VE, VP
 # What must be as it is here, where a folder says anything of it: nothing else is published.
 FIXED = {"resnet_time_scale_shift": "default", "downsample_type": "conv", "upsample_type": "conv"}
 FIXED |= {"mid_block_type": "UNetMidBlock2D", "add_attention": True, "attn_norm_num_groups": None}
-FIXED |= {
-    "_class_name": "UNet2DModel",
-    "class_embed_type": None,
-    "num_class_embeds": None,
-    "time_embedding_dim": None,
-}
+FIXED |= {"class_embed_type": None, "num_class_embeds": None, "time_embedding_dim": None}
+FIXED |= {"_class_name": "UNet2DModel"}
 FIXED_SCHEDULE = {"beta_schedule": "linear", "trained_betas": None, "prediction_type": "epsilon"}
 FIXED_SCHEDULE |= {"rescale_betas_zero_snr": False}
 ACTIVATIONS = {"silu": nn.silu, "swish": nn.silu, "relu": nn.relu}
@@ -198,11 +193,10 @@ def _noise_at_step(sde: VP, net_fn: Callable, levels: Array, x: Array, t: Scalar
 
 
 def _variables(file: Any, net: UNet, path: Path) -> Params:
-    check_named(path, file)
+    check_named(path, file, net.num_blocks * len(net.multipliers))
     parts = ([OLD_PARTS.get(part) or part for part in name.split(".")] for name in file)
     arrays = dict(zip(map(".".join, parts), file.values(), strict=True))
     arrays.pop("time_proj.W", None)  # time_proj.weight again, in files of early versions
-    check_depth(path, net.num_blocks * len(net.multipliers), len(arrays))
     layout = _layout(net)
     check_same(path, arrays, layout)
     return fill(path, arrays, layout)

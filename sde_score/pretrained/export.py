@@ -22,7 +22,7 @@ from sde_score._typing import Params, bind
 from sde_score.nets.mlp import MLP
 from sde_score.nets.unet import Context, UNet
 from sde_score.pretrained import diffusers, score_sde
-from sde_score.pretrained._layout import check_depth
+from sde_score.pretrained._layout import check_named
 from sde_score.pretrained._torch_file import open_verified
 from sde_score.pretrained.score_sde import Pretrained
 from sde_score.sde import VE, VP, SubVP
@@ -87,7 +87,7 @@ def load_pretrained(
         net, sde = _made(metadata["net"]), _made(metadata["sde"])
         got = named_leaves(tree["params"])
         blocks = net.num_blocks * len(net.multipliers) if isinstance(net, UNet) else net.depth
-        check_depth(path, blocks, len(got))
+        check_named(path, got, blocks)
         check_same(path, got, _wanted(net, tree["params"]))
         parts = {"net": bind(net.apply, tree["params"]), **tree.get("arrays", {})}
         _checks.check_data(f"{path}", tree["params"], _checks.CONVERT)
@@ -103,7 +103,7 @@ def load_pretrained(
             f"`path` must be a file of save_pretrained; got {os.fspath(path)} "
             f"({type(error).__name__}: {error}). For parameters alone take load_params."
         ) from error
-    return Pretrained(net, tree["params"], sde, (low, high), *functions, shape)
+    return Pretrained(net, tree["params"], sde, (low, high), *functions, shape=shape)
 
 
 def _wanted(net: UNet | MLP, params: Params) -> dict[str, Any]:

@@ -20,7 +20,6 @@ from sde_score._typing import SDE, Params, Scalar, ScoreFn, bind
 from sde_score.nets.unet import UNet
 from sde_score.pretrained._layout import (
     Entry,
-    check_depth,
     check_named,
     check_same,
     conv_kernel,
@@ -35,8 +34,7 @@ class Pretrained(NamedTuple):
     """A published model: `net.apply(params, x, time_input)` on images in `data_range`.
 
     `score_fn(x, t)` is its score over `sde`, `net_fn(x, time_input)` the published network; both
-    take one image (H, W, C) and are pytrees. `shape` is that of the images it was trained on, where
-    that is known.
+    take one image (H, W, C) and are pytrees. `shape` is its training images', where known.
     """
 
     net: UNet
@@ -94,7 +92,7 @@ def load(
         raise _checks.ArgumentError(
             "`config` must be one flat dictionary of the published fields; got "
             f"{list(config) if isinstance(config, dict) else type(config).__name__} "
-            f"({cause}{error}). Put those of the published parts model, data and training into one."
+            f"({cause}{error}). Put those of its parts model, data and training into one."
         ) from error
     shape = (size, size, net.channels)
     return Pretrained(net, variables, sde, data_range, score_fn, net_fn, shape)
@@ -263,10 +261,9 @@ def _variables(file: Any, net: UNet, size: int, path: Any) -> Params:
             f"`{path}` must hold 'model' and 'ema' with 'shadow_params'; {error} failed. Give a "
             "checkpoint of score SDE's training."
         ) from error
-    check_named(path, model)
+    check_named(path, model, net.num_blocks * len(net.multipliers))
     arrays = {name.removeprefix("module."): array for name, array in model.items()}
     arrays.pop("sigmas", None)
-    check_depth(path, net.num_blocks * len(net.multipliers), len(arrays))
     layout = _layout(net, size)
     check_same(path, arrays, layout)
     names = [name for name in arrays if layout[name].path[0] == "params"]
@@ -276,6 +273,5 @@ def _variables(file: Any, net: UNet, size: int, path: Any) -> Params:
             f"{len(averages)}. It may be damaged, or of other code."
         )
     arrays |= dict(zip(names, averages, strict=True))
-    check_named(path, arrays)
     check_same(path, arrays, layout)
     return fill(path, arrays, layout)

@@ -2,18 +2,19 @@
 
 import hashlib
 import json
+import random
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from diffusers_references import DATA, DDPM, VE, WHOLE, evaluate, weights
+from diffusers_references import DATA, DDPM, EPSILON, VE, WHOLE, evaluate, weights
 from jax.tree_util import Partial
 from safetensors.numpy import load_file, save_file
 from test_torch_file import archive, tensor, text
 
 import sde_score as ss
-from sde_score.pretrained import diffusers, score_sde
+from sde_score.pretrained import diffusers, export, score_sde
 from sde_score.pretrained.__main__ import main
 from sde_score.pretrained.export import load_pretrained, save_pretrained
 
@@ -107,13 +108,29 @@ CHANGES = {
     ),
     "attention on one way": ({"up_block_types": ["UpBlock2D"] * 3}, "`up_block_types` .* must be"),
     "odd widths": ({"block_out_channels": [32, 48, 64]}, "`block_out_channels` .* must be"),
-    "no widths": ({"block_out_channels": []}, "IndexError|ValueError"),
+    "no widths": ({"block_out_channels": []}, "`len.down_block_types.` .* must be 0; got 3"),
     "a width of zero": ({"block_out_channels": [0, 0, 0]}, "ZeroDivision"),
     "another scale": ({"mid_block_scale_factor": 2.0}, "`mid_block_scale_factor` .* must be 1.0"),
     "more outputs": ({"out_channels": 6}, "`out_channels` .* must be 3; got 6"),
     "another activation": ({"act_fn": "mish"}, "KeyError: 'mish'"),
-    "too many blocks": ({"layers_per_block": 10**9}, "arrays for 3 levels of 1000000000 blocks"),
+    "too many blocks": ({"layers_per_block": 10**9}, "arrays for 3000000000 blocks"),
     "more blocks": ({"layers_per_block": 2}, "differ:\n.*missing, of shape"),
+    "another class": ({"_class_name": "UNet2DConditionModel"}, "`_class_name` .* must be 'UNet2D"),
+    "fewer blocks": (
+        {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2},
+        "`len.down_block_types.` .* must be 3; got 2",
+    ),
+    "recentred": ({"center_input_sample": True}, "`center_input_sample` .* must be False; got T"),
+    "heads of nothing": ({"attention_head_dim": 0}, "`attention_head_dim` .* at least 1; got 0"),
+    "groups": ({"norm_num_groups": 24}, "`groups` must divide the channels; got 24 with 32"),
+    "a shift in words": ({"freq_shift": "one"}, "`folder` must hold .*TypeError"),
+    "a vast width": ({"block_out_channels": [10**30] * 3}, "`folder` must hold .*|differ:"),
+    "a vast number of levels": (
+        {"block_out_channels": [32] * 10**4, "down_block_types": ["DownBlock2D"] * 10**4}
+        | {"up_block_types": ["UpBlock2D"] * 10**4},
+        "arrays for 10000 blocks",
+    ),
+    "no image": ({"sample_size": [16, 0]}, r"`shape` must be .*; got \(16, 0, 3\)"),
     "other widths": ({"block_out_channels": [64, 128, 128]}, "shape .* instead of .*\n.*Give the"),
 }
 
@@ -136,6 +153,12 @@ SCHEDULES = {
     "of another kind": (VE, "KeyError: 'beta_start'|KeyError: 'num"),
     "endless": (DDPM | {"num_train_timesteps": 10**12}, "num_train_timesteps of 1000000000000"),
     "a list": ([1, 2], "AttributeError"),
+    "no signal at the end": (
+        DDPM | {"rescale_betas_zero_snr": True},
+        "`rescale_betas_zero_snr` .*",
+    ),
+    "betas of 1": (DDPM | {"beta_end": 1.0}, "beta_end of 0.0001 and 1.0, not between"),
+    "betas below 0": (DDPM | {"beta_start": -0.1}, "beta_end of -0.1 and 0.02, not between"),
 }
 
 
@@ -144,6 +167,31 @@ def test_other_schedules_are_refused(tmp_path, name):
     scheduler, message = SCHEDULES[name]
     with pytest.raises(ValueError, match=message):
         diffusers.load(write(tmp_path, DESCRIBED["ddpm"]["config"], scheduler, {}))
+
+
+WRONG = {
+    "whole numbers": (
+        lambda array: array.astype(np.int32),
+        "differ:\n.*int32 instead of floating",
+    ),
+    "yes and no": (lambda array: array > 0, "differ:\n.*bool instead of floating"),
+    "not a number": (lambda array: array * np.nan, "`conv_in.bias in .*` must be finite; 32 of"),
+    "infinite": (lambda array: array + np.inf, "`conv_in.bias in .*` must be finite; 32 of"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_arrays_of_another_kind_are_refused(tmp_path, name):
+    change, message = WRONG[name]
+    described = DESCRIBED["modern"]
+    arrays = weights(described["shapes"])
+    arrays["conv_in.bias"] = change(arrays["conv_in.bias"])
+    with pytest.raises(ValueError, match=message):
+        diffusers.load(write(tmp_path, described["config"], EPSILON, arrays))
+    (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
+    (tmp_path / "diffusion_pytorch_model.bin").write_bytes(archive(b"(N" + text("a") + b"t."))
+    with pytest.raises(ValueError, match="bin` must hold arrays by their names; got tuple"):
+        diffusers.load(tmp_path)
 
 
 def test_missing_and_damaged_files_are_named(tmp_path):
@@ -186,14 +234,14 @@ def assert_same_file(tmp_path, model):
     digests = [hashlib.sha256(path.read_bytes()).digest() for path in (first, second)]
     assert digests[0] == digests[1]
     assert again.net == model.net and again.sde == model.sde
-    assert again.data_range == model.data_range
+    assert again.data_range == model.data_range and again.shape == model.shape
     assert jax.tree.structure(again.params) == jax.tree.structure(model.params)
     assert jax.tree.all(jax.tree.map(np.array_equal, again.params, model.params))
     return again
 
 
 def test_published_models_survive_our_own_file(tmp_path):
-    assert_same_file(tmp_path, published())
+    assert assert_same_file(tmp_path, published()).shape == (16, 16, 3)
     model = diffusers.load(stored("modern", tmp_path))
     again = assert_same_file(tmp_path, model)
     levels = [m.score_fn.args[1].args[2] for m in (model, again)]
@@ -241,6 +289,10 @@ def test_what_cannot_be_made_again_is_not_saved(tmp_path):
     energy = model._replace(net=ss.nets.EnergyMLP())
     with pytest.raises(ValueError, match="must have (functions of its net|a network)"):
         save_pretrained(path, energy)
+    net_fn = Partial(model.net.apply, jax.tree.map(lambda p: p * jnp.nan, model.params))
+    broken = model._replace(params=net_fn.args[0], net_fn=net_fn)
+    with pytest.raises(ValueError, match="`pretrained.params` must be finite; .* nan or infinite"):
+        save_pretrained(path, broken)
     assert not path.exists()
 
 
@@ -252,8 +304,20 @@ HOSTILE = {
     "a function of elsewhere": {"score_fn": {"function": "eval", "args": ["1"]}},
     "an array that is not there": {"score_fn": "7"},
     "no range": {"data_range": [0.0]},
+    "no image": {"shape": [4, 4, 0]},
+    "endless depth": {"net": {"class": "MLP", "width": 8, "depth": 10**6}},
+    "endless blocks": {"net": {"class": "UNet", "num_blocks": 10**6}},
+    "endless levels": {"net": {"class": "UNet", "multipliers": [1] * 10**6}},
     "nothing": None,
 }
+
+
+def resave(path, tree, metadata):
+    """With the digest that belongs to it."""
+    if metadata is not None:
+        metadata = {key: value for key, value in metadata.items() if key != "sha256"}
+        metadata["sha256"] = export._digest(tree, metadata)
+    ss.save_params(path, tree, metadata)
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -261,8 +325,8 @@ def test_foreign_files_are_refused(tmp_path, name):
     path = tmp_path / "a.safetensors"
     save_pretrained(path, mlp(ss.VP(), ss.score_from_noise))
     params, metadata = ss.load_params(path)
-    ss.save_params(path, params, HOSTILE[name] and metadata | HOSTILE[name])
-    with pytest.raises(ValueError, match="must be"):
+    resave(path, params, HOSTILE[name] and metadata | HOSTILE[name])
+    with pytest.raises(ValueError, match="must be|arrays for [14]000000 blocks"):
         load_pretrained(path)
 
 
@@ -277,8 +341,41 @@ def test_parameters_of_another_network_are_refused(tmp_path, name):
         del layers["time_0"]
     elif name != "unexpected":
         layers["input"]["kernel"] = jnp.ones((3, 2))
-    ss.save_params(path, tree, metadata)
+    resave(path, tree, metadata)
     with pytest.raises(ValueError, match=f"differ:\n  params/.*{name}"):
+        load_pretrained(path)
+
+
+@pytest.mark.parametrize(
+    ("bias", "message"),
+    [(jnp.full(8, jnp.nan), "must be finite; 8 of"), (jnp.ones(8, int), "must be floating point")],
+    ids=["not a number", "whole numbers"],
+)
+def test_parameters_of_another_kind_are_refused(tmp_path, bias, message):
+    path = tmp_path / "a.safetensors"
+    save_pretrained(path, mlp(ss.VP(), ss.score_from_noise))
+    tree, metadata = ss.load_params(path)
+    tree["params"]["params"]["time_0"]["bias"] = bias
+    resave(path, tree, metadata)
+    with pytest.raises(ValueError, match=f"a.safetensors` {message}"):
+        load_pretrained(path)
+
+
+def test_a_flipped_bit_of_our_own_file_is_found(tmp_path):
+    path = tmp_path / "a.safetensors"
+    save_pretrained(path, mlp(ss.VP(), ss.score_from_noise))
+    content, whole = path.read_bytes(), ss.load_params(path)
+    draw = random.Random(0)  # noqa: S311
+    for _ in range(200):
+        damaged = bytearray(content)
+        damaged[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="`path` must be a (safetensors )?file"):
+            load_pretrained(path)
+    path.write_bytes(content)
+    assert load_pretrained(path).sde == ss.VP()
+    ss.save_params(path, whole[0], {k: v for k, v in whole[1].items() if k != "sha256"})
+    with pytest.raises(ValueError, match="KeyError: 'sha256'"):
         load_pretrained(path)
 
 
@@ -310,3 +407,12 @@ def test_the_command_converts_and_answers_in_one_line(tmp_path, capsys):
             main(wrong)
         err = capsys.readouterr().err
         assert err.count("\n") == 1 and "see --help" in err
+    with pytest.raises(SystemExit, match="2"):
+        main([str(tmp_path / "absent.pth"), "--config", str(config), "--out", str(out)])
+    assert "absent.pth does not exist; see --help" in capsys.readouterr().err
+    bad = tmp_path / "bad.json"
+    for content, words in (("{", "bad.json is not JSON (Expecting"), ("[1]", "flat dictionary")):
+        bad.write_text(content)
+        assert main([str(DATA / "vp_ddpmpp.pth"), "--config", str(bad), "--out", str(out)]) == 1
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and words in err

@@ -6,6 +6,7 @@ import os
 import pickle
 import random
 import struct
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -144,7 +145,7 @@ def test_what_would_expand_is_refused(tmp_path):
     directory = archive(b"N.").rpartition(b"PK\x05\x06")[0].rpartition(b"PK\x01\x02")
     entry = directory[1] + directory[2]
     end = struct.pack("<4s4H2IH", b"PK\x05\x06", 0, 0, 1, 1, 2**23 + 60, len(directory[0]), 0)
-    with pytest.raises(ValueError, match="a directory of more than 8388608 bytes"):
+    with pytest.raises(ValueError, match="8388668 bytes at once, of 8388608 at most"):
         read(tmp_path, directory[0] + (entry * (2**23 // len(entry) + 2))[: 2**23 + 60] + end)
     shared = archive(b"(" + 9 * big + b"t.", [("data/0", zeros)])
     assert len(read(tmp_path, shared)) == 9  # views of one storage
@@ -152,6 +153,17 @@ def test_what_would_expand_is_refused(tmp_path):
         read(tmp_path, shared, max_bytes=8 * 2**20)
     with pytest.raises(ValueError, match="at most `max_bytes` = 1000 bytes; got .* Raise"):
         read(tmp_path, shared, max_bytes=1000)
+
+
+@pytest.mark.parametrize("opcode", [b"X" + b"\xff" * 4, b"\x8d" + struct.pack("<Q", 6 * 2**30)])
+def test_a_claimed_length_is_not_set_aside(tmp_path, opcode):
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match="bytes at once, of [0-9]+ at most"):
+            read(tmp_path, b"\x80\x04" + opcode + bytes(9))
+        assert tracemalloc.get_traced_memory()[1] < 2**22
+    finally:
+        tracemalloc.stop()
 
 
 class Call:
