@@ -233,7 +233,7 @@ class UNet(nn.Module):
             draw = lambda: (
                 self.fourier_scale
                 * jax.random.normal(  # noqa: E731
-                    self.make_rng("params"), (self.width,)
+                    self.make_rng("params"), (self.width,), jnp.float32
                 )
             )
             frequencies = self.variable("constants", "frequencies", draw).value

@@ -1,5 +1,6 @@
 """What a published file must hold, and its arrays in the places of our parameters."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -8,6 +9,9 @@ import numpy as np
 from jaxtyping import Array
 
 from sde_score import _checks
+
+_MAX_BLOCKS = 1_000
+_MAX_BYTES = 2**33
 
 
 class Entry(NamedTuple):
@@ -37,7 +41,7 @@ def check_named(path: Any, arrays: Any, num_blocks: int) -> None:
             f"`{path}` must hold arrays by their names; got {type(arrays).__name__} of other "
             "things. Give the file with the parameters."
         )
-    if num_blocks > len(arrays):
+    if num_blocks > min(len(arrays), _MAX_BLOCKS):
         raise _checks.ArgumentError(
             f"`{path}` must hold the parameters of its configuration; got {len(arrays)} arrays "
             f"for {num_blocks} blocks. Compare the two."
@@ -48,6 +52,12 @@ def fill(
     path: Any, arrays: Mapping[str, np.ndarray], layout: Mapping[str, Entry]
 ) -> dict[str, Any]:
     """The variables of a network from the arrays of the file `path`, in float32, finite."""
+    num_bytes = sum(4 * math.prod(entry.shape) for entry in layout.values())
+    if num_bytes > _MAX_BYTES:  # a small file may hold one array under many names
+        raise _checks.ArgumentError(
+            f"`{path}` must hold parameters of at most {_MAX_BYTES} bytes in float32; its "
+            f"configuration has {num_bytes}."
+        )
     variables: dict[str, Any] = {}
     for name, (place, _, convert) in layout.items():
         node = variables

@@ -20,6 +20,7 @@ from safetensors import safe_open
 from sde_score import _checks
 
 _MAX_OPCODES = 2**20  # of one pickle: some 60,000 tensors, and about 100 MB of objects at most
+_MAX_PICKLE = 2**28
 _MAX_DIRECTORY = 2**23  # bytes of a zip file's, in memory ten times as many
 _MAGIC = 0x1950A86A20F9469CFC6C  # begins a file of torch before 1.6
 _DTYPES = {"BFloat16": np.dtype(ml_dtypes.bfloat16), "Bool": np.dtype("?")}
@@ -124,8 +125,8 @@ class _Storages:
 
     def view(self, array: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> np.ndarray:
         """A tensor, each element of which lies in its storage, and which is no larger."""
-        whole = all(type(n) is int and n >= 0 for n in (offset, *shape, *strides))
-        if not whole or not isinstance(array, np.ndarray):
+        whole = all(type(n) is int and 0 <= n < 2**63 for n in (offset, *shape, *strides))
+        if not whole or len(shape) > 8 or not isinstance(array, np.ndarray):
             raise ValueError("a tensor whose shape, strides or offset is not of whole numbers")
         strides = [s if n > 1 else 0 for n, s in zip(shape, strides, strict=True)]
         last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
@@ -159,8 +160,10 @@ def _find_name(name: str) -> Any:
 
 
 def _fill(target: Any, items: list) -> None:
-    # Keys that are containers would be hashed, without a bound on the depth.
-    if type(target) is not dict or not all(type(key) in (str, int) for key in items[::2]):
+    # Keys that are containers would be hashed, without a bound on the depth; and integers are
+    # their own hashes up to 2⁶¹ only.
+    known = lambda key: type(key) is str or type(key) is int and abs(key) < 2**60  # noqa: E731
+    if type(target) is not dict or not all(map(known, items[::2])):
         raise ValueError("a dictionary whose keys are neither strings nor whole numbers")
     target.update(zip(items[::2], items[1::2], strict=True))
 
@@ -247,7 +250,10 @@ def _read_zip(file: BinaryIO, size: int, max_bytes: int) -> Any:
 
         if root + "byteorder" in members and member("byteorder", 6) != b"little":
             raise ValueError("big-endian numbers")
-        program = member("data.pkl", members[pickles[0]].file_size)
+        length = members[pickles[0]].file_size
+        if length > _MAX_PICKLE:
+            raise ValueError(f"a pickle of {length} bytes")
+        program = member("data.pkl", length)
         return _run(program, _Storages(take, size, max_bytes))
 
 

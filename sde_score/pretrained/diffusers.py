@@ -30,7 +30,7 @@ from sde_score.pretrained._layout import (
     fill,
 )
 from sde_score.pretrained._torch_file import read_pth, read_safetensors
-from sde_score.pretrained.score_sde import Pretrained, _ve_score
+from sde_score.pretrained.score_sde import Pretrained, _ve_score, vp_time
 from sde_score.sde import VE, VP
 
 # What must be as it is here, where a folder says anything of it: nothing else is published.
@@ -182,9 +182,7 @@ def _schedule(config: Mapping[str, Any], net: UNet) -> tuple[SDE, Array | None]:
         raise OverflowError(f"beta_start and beta_end of {low} and {high}, not between 0 and 1")
     levels = np.cumsum(-np.log1p(-np.linspace(low, high, num)))  # alpha² = e^−levels
     low, high, first = num * low, num * high, float(levels[0])
-    # int_beta(t0) = first, by the stable root of the quadratic equation:
-    t0 = 2.0 * first / (low + math.sqrt(low**2 + 2.0 * (high - low) * first))
-    return VP(low, high, t0=t0), jnp.asarray(levels, jnp.float32)
+    return VP(low, high, t0=vp_time(low, high, first)), jnp.asarray(levels, jnp.float32)
 
 
 def _noise_at_step(sde: VP, net_fn: Callable, levels: Array, x: Array, t: Scalar) -> Array:

@@ -3,6 +3,7 @@
 Every network of `ddpm.py` and `ncsnpp.py`, by the field names of their published configurations.
 """
 
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -144,10 +145,20 @@ def _look_up(config: Mapping[str, Any], field: str) -> Any:
 
 
 def _sde(config: Mapping[str, Any]) -> SDE:
-    """Down to the time 1e-5 that the published training and likelihood use."""
+    """Down to the time 1e-5 that the published training and likelihood use; to the first of the
+    steps that a discrete VP was trained on, as below it the score's scale is a constant.
+    """
     cls = _look_up(config, "sde")
     names = ("sigma_min", "sigma_max") if cls is VE else ("beta_min", "beta_max")
-    return cls(*(float(config[name]) for name in names), t0=1e-5)
+    low, high = (float(config[name]) for name in names)
+    discrete = cls is VP and not config["continuous"]
+    t0 = vp_time(low, high, -math.log1p(-low / config["num_scales"])) if discrete else 1e-5
+    return cls(low, high, t0=t0)
+
+
+def vp_time(low: float, high: float, integral: float) -> float:
+    """Where the integral of VP's beta is `integral`, by the stable root of its equation."""
+    return 2.0 * integral / (low + math.sqrt(low**2 + 2.0 * (high - low) * integral))
 
 
 def _net_fn(config: Mapping[str, Any], net: UNet, apply: Partial) -> Partial:
@@ -164,7 +175,7 @@ def _divided(net_fn: Callable, sigmas: Array, x: Array, index: Scalar) -> Array:
 
 
 def _score_fn(config: Mapping[str, Any], sde: SDE, net_fn: Callable) -> Partial:
-    continuous = config.get("continuous", True)
+    continuous = config["continuous"]
     if isinstance(sde, VE):
         return bind(_ve_score, sde, net_fn, None if continuous else config["num_scales"])
     if continuous or isinstance(sde, SubVP):

@@ -50,7 +50,7 @@ def load_params(path: str | os.PathLike, like: Params = None) -> tuple[Params, A
         with safe_open(path, framework="flax") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             metadata = json.loads((file.metadata() or {}).get("json", "null"))
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
         raise _checks.ArgumentError(
             f"`path` must be a safetensors file; got {path} ({error}). Write one with save_params."
         ) from error

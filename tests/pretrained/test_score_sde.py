@@ -155,6 +155,12 @@ def test_models_of_discrete_times():
     std = np.sqrt(1.0 - np.prod(1.0 - betas[: int(t * 499) + 1]))
     np.testing.assert_allclose(score(x, t), -t * 499 / std, rtol=1e-6)
     assert abs(std / sde.sigma(t) - 1.0) < 0.01  # the same process
+    np.testing.assert_allclose(sde.sigma(sde.t0) ** 2, betas[0], rtol=1e-5)  # the first step
+    without = {k: v for k, v in config("vp_ddpmpp").items() if k != "continuous"}
+    with pytest.raises(
+        ValueError, match="must have the field 'continuous'|flat dictionary.*'cont"
+    ):
+        score_sde.load("none.pth", without)
     levels = config("ve_ncsnpp", continuous=False, num_scales=500, embedding_type="positional")
     sde, score = fake(levels)
     assert score(x, t) == round(0.7 * 499)

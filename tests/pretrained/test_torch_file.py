@@ -79,7 +79,8 @@ def text(value):
 
 
 def number(value):
-    return b"\x8a\x08" + struct.pack("<q", value)
+    length = 8 if abs(value) < 2**63 else 255
+    return b"\x8a" + bytes([length]) + value.to_bytes(length, "little", signed=True)
 
 
 def tensor(count=4, offset=0, shape=(4,), strides=(1,), key="0", name=b"torch\nFloatStorage\n"):
@@ -117,6 +118,8 @@ LIES = {
     "each number many times": tensor(shape=(2**20,), strides=(0,)),
     "shape against strides": tensor(shape=(2, 2)),
     "shape that overflows": tensor(shape=(2**62, 4), strides=(2**62, 2**62)),
+    "a size of 600 digits": tensor(shape=(2**2000,), strides=(1,)),
+    "more axes than any": tensor(shape=(1,) * 8 + (4,), strides=(1,) * 9),
     "empty shape that overflows": tensor(shape=(2**62, 0), strides=(1, 1)),
     "a storage that is missing": tensor(key="1"),
     "a storage outside of the archive's folder": tensor(key="../../x"),
@@ -234,6 +237,7 @@ OPCODES = {
     "a dotted name": b"\x80\x04" + text("collections") + text("OrderedDict.fromkeys") + b"\x93",
     "a name that is no text": b"K\x01K\x02\x93",
     "a deep key": b"}" + b")" + 2**17 * b"\x85" + b"K\x01s",
+    "a key that collides": b"}" + number(2**61 - 1) + b"K\x01s",
     "a key that is a list": b"}]K\x01s",
     "an item of what is no list": b"K\x01K\x02a",
     "nothing on the stack": b"0",
