@@ -19,14 +19,19 @@ SMALL = "--num-steps 20 --log-every 10 --save-every 10 --evaluate-every 20 --num
 def start(out, *options, **environment):
     command = [sys.executable, "-m", "experiments.images", "--quick", *SMALL]
     command += [*options, "--out", str(out)]
-    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     environment = os.environ | {"JAX_PLATFORMS": "cpu"} | environment
-    return subprocess.Popen(command, env=environment, cwd=ROOT, **output)  # noqa: S603
+    log = out.with_name(f"log-{environment.get('SLURM_PROCID', 0)}")  # no pipe, which may fill up
+    with log.open("w") as file:
+        output = {"stdout": file, "stderr": subprocess.STDOUT}
+        process = subprocess.Popen(command, env=environment, cwd=ROOT, **output)  # noqa: S603
+    return process, log
 
 
-def finish(process):
-    output = process.communicate(timeout=600)[0]
-    assert process.returncode == 0, output[-2000:]
+def finish(started, *, fails=False):
+    process, log = started
+    process.wait(timeout=600)
+    output = log.read_text()
+    assert (process.returncode != 0) == fails, output[-2000:]
     return output
 
 
@@ -69,8 +74,8 @@ def test_two_processes_as_slurm_starts_them(once, tmp_path):
     job |= {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_NODES": "1"}
     ranks = [{"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)} for i in range(2)]
     options = ("--distributed", "--shard-params")
-    for process in [start(tmp_path / "run", *options, **job, **rank) for rank in ranks]:
-        finish(process)
+    for started in [start(tmp_path / "run", *options, **job, **rank) for rank in ranks]:
+        finish(started)
     got, want = parameters(tmp_path / "run"), parameters(once)
     relative = np.linalg.norm(got - want) / np.linalg.norm(want)
     print(f"2 processes, 20 steps of a U-Net: {relative:.1e} relative")
@@ -86,6 +91,5 @@ def test_a_dry_run_and_wrong_options(tmp_path):
         (("--data", "cifar10"), "`data_dir` must be given for cifar10"),
         (("--resume", "must"), "`resume` must not be True without a checkpoint"),
     ):
-        process = start(tmp_path / "other", *options)
-        output = process.communicate(timeout=300)[0]
-        assert process.returncode != 0 and words in output and "Traceback" not in output
+        output = finish(start(tmp_path / "other", *options), fails=True)
+        assert words in output and "Traceback" not in output

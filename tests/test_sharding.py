@@ -94,6 +94,7 @@ def test_a_killed_process_ends_the_other_and_the_restart_is_exact(tmp_path):
         time.sleep(0.01)
     second.kill()
     began = time.monotonic()
+    second.communicate()
     output, _ = first.communicate(timeout=60)
     seconds = time.monotonic() - began
     print(f"the other process ended after {seconds:.1f} s with status {first.returncode}")
