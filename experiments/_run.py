@@ -25,12 +25,12 @@ def cli(main: Callable[[Any], Metrics], default: Any, quick: Any) -> None:
     """Parse the command line into the configuration, run `main` and print its metrics.
 
     `--quick` starts from the configuration `quick` instead of `default`: a look at the whole
-    within a minute.
+    within a few minutes, most of them compilation.
     """
     args = [arg for arg in sys.argv[1:] if arg != "--quick"]
     start = quick if len(args) < len(sys.argv) - 1 else default
     script = sys.modules["__main__"]
-    description = f"{script.__doc__}\n--quick takes smaller defaults: a minute at most."
+    description = f"{script.__doc__}\n--quick takes smaller defaults: a few minutes at most."
     prog = f"python -m {script.__spec__.name}" if script.__spec__ else None
     config = tyro.cli(type(default), prog=prog, args=args, default=start, description=description)
     try:

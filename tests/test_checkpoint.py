@@ -258,8 +258,9 @@ def test_a_run_in_parts_is_the_run(tmp_path):
 
 @pytest.mark.parametrize("mesh", [None, ss.make_mesh()], ids=["free", "mesh"])
 def test_two_thousand_steps_neither_grow_nor_compile(mesh, tmp_path, caplog):
-    """From the fifth row on: arrays on the device, and (within 8 MiB, of an allocator) the
-    process's peak memory; one trace and one compilation in all, a shorter last row included.
+    """From the fifth row on: arrays on the device (within 1 KiB, of a save in the background) and
+    (within 8 MiB, of an allocator) the process's peak memory; one trace and one compilation in
+    all, a shorter last row included.
     """
     seen = []
 
@@ -275,7 +276,7 @@ def test_two_thousand_steps_neither_grow_nor_compile(mesh, tmp_path, caplog):
     compiled = [r for r in caplog.records if r.getMessage().startswith("Compiling jit(_run_many)")]
     assert len(compiled) == 1
     arrays, peak = np.transpose(seen[4:])
-    assert len(seen) == 21 and np.ptp(arrays) == 0 and peak[-1] - peak[0] < 8
+    assert len(seen) == 21 and np.ptp(arrays) < 2**10 and peak[-1] - peak[0] < 8
 
 
 def test_steps_outside_of_a_loop_and_a_feed_agree(tmp_path):

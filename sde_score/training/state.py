@@ -50,8 +50,9 @@ def init_train_state(params: Params, optimizer: optax.GradientTransformation) ->
 def _mesh_of(params: Params) -> Any:
     """The mesh that the parameters were put on, if they were."""
     leaf = jax.tree.leaves(params)[0]
-    on_mesh = getattr(leaf, "committed", False) and isinstance(leaf.sharding, NamedSharding)
-    return leaf.sharding.mesh if on_mesh else None
+    if not _checks.is_concrete(leaf) or not isinstance(leaf.sharding, NamedSharding):
+        return None
+    return leaf.sharding.mesh
 
 
 def _placed(mesh: Any, leaf: Array) -> Array:
