@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
 from jax.tree_util import Partial
 from jaxtyping import Array
 from matplotlib.figure import Figure
@@ -93,6 +94,7 @@ def main(config: Config) -> Metrics:
     """Train or go on, evaluate; returns the metrics that it writes."""
     if config.distributed:
         jax.distributed.initialize()
+        multihost_utils.sync_global_devices("start")  # to find each other before they compile
     mesh = ss.make_mesh()
     train, test, feed = _data(config, mesh)
     shape = (*[side + -side % 8 for side in test.images.shape[1:3]], test.images.shape[3])
