@@ -19,7 +19,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.tree_util import Partial
 from jaxtyping import Array
 from sklearn.svm import SVC
@@ -36,7 +35,7 @@ from experiments._run import (
     results_folder,
     write_json,
 )
-from experiments.digits import bounded, smooth, to_levels, to_model
+from experiments.digits import bounded, make_optimizer, smooth, to_levels, to_model
 from sde_score import plots
 
 SDE = ss.VP()
@@ -209,13 +208,7 @@ def _train(
         params[name] = net.init(init_key, like, 0.0, *context)
         if config.params is not None:
             continue
-        schedule = optax.warmup_cosine_decay_schedule(
-            0.0, config.learning_rate, num_steps // 50, num_steps
-        )
-        optimizer = optax.chain(
-            optax.clip_by_global_norm(1.0),
-            optax.adamw(schedule, b2=0.99, weight_decay=config.weight_decay),
-        )
+        optimizer = make_optimizer(config.learning_rate, num_steps, config.weight_decay)
         batches = ss.data.batches(batch_key, data[name], config.batch_size)
         state, _ = ss.fit(
             fit_key, losses[name], params[name], optimizer, batches, num_steps=num_steps

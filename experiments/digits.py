@@ -178,6 +178,15 @@ def _bounded(score_fn: Partial, x: Array, t: Array) -> Array:
     return score - alpha * (x0 - jnp.clip(x0, -1.5, 1.5)) / variance
 
 
+def make_optimizer(
+    learning_rate: float, num_steps: int, weight_decay: float
+) -> optax.GradientTransformation:
+    """AdamW with clipped gradients, a short warm-up and a cosine's decay to 0."""
+    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, num_steps // 50, num_steps)
+    adam = optax.adamw(schedule, b2=0.99, weight_decay=weight_decay)
+    return optax.chain(optax.clip_by_global_norm(1.0), adam)
+
+
 def train_score(key: ss.Key, config: Config, net: nn.Module, train: ss.data.Examples) -> tuple:
     init_key, batch_key, fit_key = jax.random.split(key, 3)
     num_steps, batch_size, scanned = config.num_steps, config.batch_size, 100
@@ -198,13 +207,7 @@ def train_score(key: ss.Key, config: Config, net: nn.Module, train: ss.data.Exam
             times=ss.likelihood_times,
         )
 
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, config.learning_rate, num_steps // 50, num_steps
-    )
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(1.0),
-        optax.adamw(schedule, b2=0.99, weight_decay=config.weight_decay),
-    )
+    optimizer = make_optimizer(config.learning_rate, num_steps, config.weight_decay)
     params = net.init(init_key, jnp.zeros((8, 8, 1)), 0.0)
     if config.params is not None:
         return ss.load_params(config.params, like=params)[0], None, 0.0

@@ -30,10 +30,15 @@ def is_concrete(*values: Any) -> bool:
     return not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(values))
 
 
+def is_key(x: Any) -> bool:
+    """Whether `x` is an array of typed keys."""
+    dtype = getattr(x, "dtype", None)
+    return dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+
+
 def check_key(key: Any, name: str = "key") -> None:
     """`key` is one typed key."""
-    dtype = getattr(key, "dtype", None)
-    if dtype is None or not jnp.issubdtype(dtype, jax.dtypes.prng_key):
+    if not is_key(key):
         raise ArgumentError(
             f"`{name}` must be a typed key; got {describe(key)}. Make one with "
             "jax.random.key(seed), "

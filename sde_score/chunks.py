@@ -160,7 +160,7 @@ def _digest(*trees: Any) -> str:
     """Of the arrays and keys."""
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(trees):
-        if hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        if _checks.is_key(leaf):
             leaf = jax.random.key_data(leaf)
         if not callable(leaf):
             leaf = np.asarray(leaf)

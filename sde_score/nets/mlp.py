@@ -62,7 +62,7 @@ class MLP(nn.Module):
 
 def check_dropout_key(key: Any) -> None:
     """`key`, where it is given, is one: a network of (x, t) may have been given a context."""
-    if key is not None and not jnp.issubdtype(jnp.result_type(key), jax.dtypes.prng_key):
+    if key is not None and not _checks.is_key(key):
         raise _checks.ArgumentError(
             f"`dropout_key` must be a typed key; got {_checks.describe(key)}. This network takes "
             "no other context: for labels or vectors wrap it in nets.Conditional."

@@ -186,18 +186,14 @@ def _tree(state: Any) -> dict[str, str]:
     return {keystr(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}
 
 
-def _is_key(leaf: Any) -> bool:
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
 def _plain(state: Any) -> Any:
     """With keys, which an optimiser may hold, as the numbers that they are."""
-    return jax.tree.map(lambda x: jax.random.key_data(x) if _is_key(x) else x, state)
+    return jax.tree.map(lambda x: jax.random.key_data(x) if _checks.is_key(x) else x, state)
 
 
 def _like(new: Any, old: Any) -> Any:
     """A restored array as in the state to restore."""
-    if _is_key(old):
+    if _checks.is_key(old):
         return jax.random.wrap_key_data(jnp.asarray(new), impl=jax.random.key_impl(old))
     # Orbax binds every array to its device: those that were free to go along must stay free.
     return new if old.committed else jnp.asarray(np.asarray(new))

@@ -99,7 +99,7 @@ def train(
         stack.callback(logger.close)
         stack.callback(speed.close)
         speed.resume(start)
-        running = logger.resume(start).get("loss_running")
+        running, examples = logger.resume(start).get("loss_running"), 0
         while start < num_steps:
             clock = time.perf_counter()
             stop = min(start - start % log_every + log_every, num_steps)
@@ -117,7 +117,8 @@ def train(
             if evaluated or evaluate is None:
                 _check_best(best, row)
             logger.write(row)  # before the save: no row of a restored step is missing
-            speed.write(_speed(some, start, stop, num_steps, seconds))
+            examples = examples or _count_examples(some, start)
+            speed.write(_speed(examples, start, stop, num_steps, seconds))
             if report is not None:
                 report(start, stop, num_steps, row["loss"])
             number = _agreed(arrived)
@@ -232,14 +233,16 @@ def _give_way(number: int, step: int) -> None:
     raise Preempted(EXIT_PREEMPTED)
 
 
-def _speed(
-    batches: Callable, start: int, stop: int, num_steps: int, seconds: float
-) -> dict[str, Any]:
+def _count_examples(batches: Callable, step: int) -> int:
+    """Of a batch: one, where its arrays have no leading axis."""
+    leaves = jax.tree.leaves(jax.eval_shape(batches, np.int32(step)))
+    return leaves[0].shape[0] if leaves and leaves[0].ndim else 1
+
+
+def _speed(examples: int, start: int, stop: int, num_steps: int, seconds: float) -> dict[str, Any]:
     stats = jax.local_devices()[0].memory_stats() or {}
     host = usage.getrusage(usage.RUSAGE_SELF).ru_maxrss * 1024  # a CPU's memory
     rate = (stop - start) / seconds
-    leaves = jax.tree.leaves(jax.eval_shape(batches, np.int32(start)))
-    examples = leaves[0].shape[0] if leaves and leaves[0].ndim else 1
     return {
         "step": stop,
         "time": time.time(),
